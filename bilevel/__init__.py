@@ -1,0 +1,70 @@
+"""Tune hyperparameters by gradient: bilevel optimisation for JAX, optax and flax."""
+
+from bilevel.constraints import box, fixed, integer, interval, positive, real, simplex
+from bilevel.data import episodes, minibatches, stacked, with_rng
+from bilevel.estimators.forward import forward
+from bilevel.estimators.implicit import implicit
+from bilevel.estimators.unrolled import one_step, unrolled
+from bilevel.hypergradient import hypergradient
+from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd
+from bilevel.methods.alternating import alternating
+from bilevel.optimize import STOP, optimize
+from bilevel.problem import (
+    Counts,
+    Estimate,
+    FixedPoint,
+    Info,
+    Point,
+    Problem,
+    Smoothness,
+    SolveInfo,
+    Status,
+    composite,
+    lift,
+)
+from bilevel.result import Best, Result, Trajectory, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "STOP",
+    "Best",
+    "Counts",
+    "Estimate",
+    "FixedPoint",
+    "Info",
+    "Point",
+    "Problem",
+    "Result",
+    "Smoothness",
+    "SolveInfo",
+    "Status",
+    "Trajectory",
+    "alternating",
+    "box",
+    "cg",
+    "composite",
+    "dense",
+    "episodes",
+    "fixed",
+    "forward",
+    "gmres",
+    "hypergradient",
+    "implicit",
+    "integer",
+    "interval",
+    "lift",
+    "load",
+    "minibatches",
+    "neumann",
+    "nystrom",
+    "one_step",
+    "optimize",
+    "positive",
+    "real",
+    "sgd",
+    "simplex",
+    "stacked",
+    "unrolled",
+    "with_rng",
+]

@@ -1,0 +1,168 @@
+"""Pytrees of arrays on disk: one zip file of plain ``.npy`` members and a JSON manifest, no pickle.
+
+Files appear whole or not at all (written aside, flushed, renamed). Dicts, lists, tuples and None are
+restored as they were; any other container (a NamedTuple, a flax State, a dataclass) comes back through
+``like``, a tree of the same structure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.problem import PyTree
+
+_FORMAT, _VERSION = "bilevel", 1
+
+
+class MissingFileError(FileNotFoundError, ValueError):
+    """A path that names no file."""
+
+
+def write(path: str | os.PathLike, trees: dict[str, PyTree], meta: dict) -> None:
+    """Write named trees of arrays, and metadata that JSON can hold.
+
+    Args:
+      path: of the file to write; its folder must exist.
+      trees: pytrees of arrays (typed PRNG keys and bfloat16 included), by name.
+      meta: whatever JSON can hold.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"path: the folder {path.parent} does not exist; create it first.")
+    arrays: list[np.ndarray] = []
+    dtypes: list[str] = []
+
+    def put(leaf) -> int:
+        array, dtype = _to_numpy(leaf)
+        arrays.append(array)
+        dtypes.append(dtype)
+        return len(arrays) - 1
+
+    layout = {name: _encode(tree, put) for name, tree in trees.items()}
+    manifest = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "trees": layout,
+        "dtypes": dtypes,
+        "meta": meta,
+    }
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                archive.writestr("manifest.json", json.dumps(manifest))
+                for i, array in enumerate(arrays):
+                    with archive.open(f"{i}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | os.PathLike, like: dict[str, PyTree] | None = None) -> tuple[dict, dict]:
+    """The named trees (numpy arrays; PRNG keys as keys) and the metadata of a file.
+
+    Args:
+      path: of a file written by `write`.
+      like: trees of the same structure, by name, for containers other than dict, list, tuple, None.
+
+    Raises:
+      MissingFileError: no such file; ValueError: not such a file, damaged, or another structure.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"path: there is no file {path}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            manifest = json.loads(archive.read("manifest.json"))
+            if manifest["format"] != _FORMAT or manifest["version"] > _VERSION:
+                raise KeyError("format")
+            leaves = []
+            for i, dtype in enumerate(manifest["dtypes"]):
+                with archive.open(f"{i}.npy") as member:
+                    array = np.lib.format.read_array(member, allow_pickle=False)
+                leaves.append(_from_numpy(array, dtype))
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, TypeError) as error:
+        raise ValueError(
+            f"path: {path} is not a file that bilevel wrote, or it is damaged ({error})."
+        ) from error
+    like = like or {}
+    trees = {
+        name: _decode(layout, leaves, like.get(name), name) for name, layout in manifest["trees"].items()
+    }
+    return trees, manifest["meta"]
+
+
+def _to_numpy(leaf) -> tuple[np.ndarray, str]:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(leaf)), f"key:{jax.random.key_impl(leaf)}"
+    array = np.asarray(leaf)
+    if array.dtype.kind == "O":
+        raise TypeError(f"only arrays can be saved, got {leaf!r:.80}.")
+    name = array.dtype.name
+    # The extended floats (bfloat16, float8) have no .npy description.
+    return (array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array), name
+
+
+def _from_numpy(array: np.ndarray, dtype: str):
+    if dtype.startswith("key:"):
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=dtype.removeprefix("key:"))
+    return array if array.dtype.name == dtype else array.view(jnp.dtype(dtype))
+
+
+def _encode(tree: PyTree, put) -> Any:
+    """JSON of the structure; an int is the number of a leaf."""
+    if tree is None:
+        return None
+    if type(tree) in (list, tuple):
+        return {"is": type(tree).__name__, "of": [_encode(child, put) for child in tree]}
+    if type(tree) is dict and all(isinstance(key, str) for key in tree):
+        return {"is": "dict", "of": {key: _encode(child, put) for key, child in tree.items()}}
+    children, treedef = jax.tree.flatten(tree)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return put(tree)
+    return {"is": "other", "type": type(tree).__name__, "leaves": [put(leaf) for leaf in children]}
+
+
+def _decode(layout, leaves, like, name: str):
+    if layout is None:
+        return None
+    if isinstance(layout, int):
+        return leaves[layout]
+    if layout["is"] == "other":
+        if like is None:
+            raise ValueError(
+                f"{name} holds a {layout['type']}, which cannot be restored by itself; pass like=, values of "
+                "the same structure."
+            )
+        stored = [leaves[i] for i in layout["leaves"]]
+        treedef: Any = jax.tree.structure(like)
+        if treedef.num_leaves != len(stored):
+            raise ValueError(
+                f"like: {name} has {treedef.num_leaves} leaves there and {len(stored)} in the file."
+            )
+        return jax.tree.unflatten(treedef, stored)
+    if layout["is"] == "dict":
+        of = layout["of"]
+        if like is not None and (not isinstance(like, dict) or set(like) != set(of)):
+            raise ValueError(
+                f"like: {name} is a dict of {sorted(of)} in the file, got {type(like).__name__}."
+            )
+        return {k: _decode(v, leaves, like and like[k], f"{name}[{k!r}]") for k, v in of.items()}
+    of = layout["of"]
+    if like is not None and (not isinstance(like, (list, tuple)) or len(like) != len(of)):
+        raise ValueError(f"like: {name} is a {layout['is']} of {len(of)} in the file.")
+    children = [_decode(v, leaves, like and like[i], f"{name}[{i}]") for i, v in enumerate(of)]
+    return children if layout["is"] == "list" else tuple(children)

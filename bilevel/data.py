@@ -1,0 +1,358 @@
+"""Where batches come from: whole arrays, minibatches, stacked batches, Python iterables.
+
+A source is a registered pytree without a position of its own: batch ``t`` is a pure function of
+``(key, t)``, so that resuming, sharding and vmapping need nothing more than the two. `draw` turns a source
+and a position into the function that methods hand to estimators.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.problem import Batch, Draw, PyTree, register, static
+
+# Up to this many rows an epoch's shuffle is a sorted permutation, above a keyed bijection.
+_SORTED_ROWS = 256
+_ROUNDS = 8
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What train and valid become. ``sampled``: batches beyond the step's own are fresh ones.
+
+    ``restarts``: positions count from zero in every outer step.
+    """
+
+    sampled: bool
+    restarts: bool
+
+    def batch(self, key, t) -> Batch:
+        """Batch ``t``; both may be traced."""
+        ...
+
+    def index(self, key, t) -> jax.Array:
+        """Row numbers of batch ``t``."""
+        ...
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in one pass."""
+        ...
+
+    def whole(self, key) -> Batch:
+        """All rows as one batch."""
+        ...
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """The same arrays at every step."""
+
+    arrays: PyTree
+    sampled = False
+    restarts = False
+    num_batches = 1
+
+    def batch(self, key, t):
+        del key, t
+        return self.arrays
+
+    def index(self, key, t):
+        del key, t
+        return jnp.arange(rows(self.arrays))
+
+    def whole(self, key):
+        del key
+        return self.arrays
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Minibatches:
+    """See `minibatches`."""
+
+    arrays: PyTree
+    batch_size: int = static()
+    sampled = True
+    restarts = False
+
+    @property
+    def num_batches(self) -> int:
+        return rows(self.arrays) // self.batch_size
+
+    def batch(self, key, t):
+        index = self.index(key, t)
+        return jax.tree.map(lambda array: array[index], self.arrays)
+
+    def index(self, key, t):
+        epoch, place = jnp.divmod(jnp.asarray(t), self.num_batches)
+        positions = place * self.batch_size + jnp.arange(self.batch_size)
+        return permute(jax.random.fold_in(key, epoch), positions, rows(self.arrays))
+
+    def whole(self, key):
+        del key
+        return self.arrays
+
+    def __repr__(self) -> str:
+        return f"minibatches({rows(self.arrays)} rows, batch_size={self.batch_size})"
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """See `stacked`. ``renewed``: another stack at every outer step (an iterable behind it)."""
+
+    batches: PyTree
+    renewed: bool = static(default=False)
+    sampled = False
+    restarts = True
+
+    @property
+    def num_batches(self) -> int:
+        return rows(self.batches)
+
+    def batch(self, key, t):
+        del key
+        t = jnp.minimum(t, self.num_batches - 1)
+        return jax.tree.map(lambda array: array[t], self.batches)
+
+    def index(self, key, t):
+        del key
+        return jnp.minimum(t, self.num_batches - 1)[None]
+
+    def whole(self, key):
+        raise TypeError("stacked batches have no whole.")
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class WithRng:
+    """See `with_rng`."""
+
+    source: Any
+
+    @property
+    def sampled(self) -> bool:
+        return self.source.sampled
+
+    @property
+    def restarts(self) -> bool:
+        return self.source.restarts
+
+    @property
+    def num_batches(self) -> int:
+        return self.source.num_batches
+
+    def batch(self, key, t):
+        return self.source.batch(key, t), jax.random.fold_in(key, t)
+
+    def index(self, key, t):
+        return self.source.index(key, t)
+
+    def whole(self, key):
+        return self.source.whole(key), key
+
+
+def minibatches(arrays, batch_size: int, strata: int = 1, fixed: bool = False) -> Minibatches:
+    """Sampled on device: one shuffled pass per epoch, the tail dropped.
+
+    Args:
+      arrays: a pytree of arrays with the same leading axis, one row per example.
+      batch_size: rows in a batch, at most the number of rows.
+      strata: draw a share of each batch from each of so many blocks of rows.
+      fixed: visit the same batches in shuffled order.
+
+    Raises:
+      TypeError, ValueError: arrays that are ragged, empty or not numeric; a batch size that does not fit.
+
+    Example:
+      >>> import bilevel, jax, numpy as np
+      >>> source = bilevel.minibatches({"x": np.arange(6.0)}, batch_size=2)
+      >>> key = jax.random.key(0)
+      >>> epoch = [int(i) for t in range(3) for i in source.index(key, t)]
+      >>> sorted(epoch)
+      [0, 1, 2, 3, 4, 5]
+    """
+    if strata != 1:
+        raise NotImplementedError("minibatches(strata=) comes with a later release.")
+    if fixed:
+        raise NotImplementedError("minibatches(fixed=True) comes with a later release.")
+    arrays = as_arrays(arrays, "minibatches(arrays)")
+    n = _leading_axis(arrays, "minibatches(arrays)")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
+        raise TypeError(f"batch_size must be a whole number, got {batch_size!r}.")
+    if not 1 <= batch_size <= n:
+        raise ValueError(f"batch_size must be from 1 to the {n} rows of the data, got {batch_size}.")
+    return Minibatches(arrays, int(batch_size))
+
+
+def stacked(batches) -> Stacked:
+    """One batch for each inner step, along the leading axis; the same stack at every outer step.
+
+    Args:
+      batches: a pytree of arrays of shape (inner_steps, ...).
+
+    Raises:
+      TypeError, ValueError: arrays that are ragged, empty or not numeric.
+    """
+    batches = as_arrays(batches, "stacked(batches)")
+    _leading_axis(batches, "stacked(batches)")
+    return Stacked(batches)
+
+
+def with_rng(source) -> WithRng:
+    """A source that yields ``(batch, key)``, for dropout and augmentation without global state.
+
+    The key belongs to the batch: it changes from inner step to inner step and stays the same within
+    one hypergradient, so that a linear solve sees one matrix.
+
+    Args:
+      source: arrays, `minibatches` or `stacked`.
+    """
+    return WithRng(as_source(source, "with_rng(source)"))
+
+
+def episodes(iterable):
+    """One pair (train, valid) per outer step, used at every inner step."""
+    del iterable
+    raise NotImplementedError("episodes come with a later release.")
+
+
+# --- For methods and the driver --------------------------------------------------------------------
+
+
+def as_source(data, name: str) -> Source:
+    """The source that stands for ``data``; arrays are used whole.
+
+    Raises:
+      TypeError, ValueError: not arrays, empty, or an iterable (which only `optimize` takes).
+    """
+    if isinstance(data, Source):
+        return data
+    if is_iterable(data):
+        raise TypeError(
+            f"{name} is a Python iterable ({type(data).__name__}); only bilevel.optimize draws from "
+            "one. Here pass a batch, or bilevel.stacked(batches)."
+        )
+    return Whole(as_arrays(data, name))
+
+
+def is_iterable(data) -> bool:
+    """Whether data is a Python iterable of batches rather than a pytree of arrays."""
+    leaf = jax.tree_util.all_leaves([data])
+    return (
+        leaf
+        and not hasattr(data, "shape")
+        and not isinstance(data, (str, bytes))
+        and (hasattr(data, "__iter__") or hasattr(data, "__getitem__"))
+    )
+
+
+def as_arrays(data, name: str) -> PyTree:
+    """The leaves of data as arrays; checks that there are any and that none is empty."""
+    if not jax.tree.leaves(data):
+        raise ValueError(f"{name} holds no arrays, got {data!r}.")
+
+    def convert(path, leaf):
+        where = name + jax.tree_util.keystr(path)
+        array: Any = leaf
+        if not isinstance(leaf, jax.Array):
+            try:
+                array = np.asarray(leaf)
+            except ValueError as error:
+                raise ValueError(f"{where} is ragged or not an array: {error}.") from None
+            if array.dtype.kind not in "biufcV" or array.dtype.names:
+                raise TypeError(f"{where} must be numeric, got {_kind(leaf)}.")
+            array = jnp.asarray(array)
+        if array.size == 0:
+            raise ValueError(f"{where} is empty: shape {array.shape}.")
+        return array
+
+    return jax.tree_util.tree_map_with_path(convert, data)
+
+
+def _leading_axis(arrays, name: str) -> int:
+    shapes = [np.shape(x) for x in jax.tree.leaves(arrays)]
+    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
+        raise ValueError(
+            f"{name} need one leading axis of the same length in every array, got shapes "
+            f"{', '.join(map(str, shapes))}."
+        )
+    return shapes[0][0]
+
+
+def _kind(leaf) -> str:
+    return f"text {leaf!r}" if isinstance(leaf, str) else f"{type(leaf).__name__} {leaf!r:.60}"
+
+
+def rows(arrays) -> int:
+    """Examples in a batch: its longest leading axis; 1 where no leaf has one."""
+    sizes = [x.shape[0] for x in jax.tree.leaves(arrays) if getattr(x, "ndim", 0)]
+    return max(sizes, default=1)
+
+
+def draw(source: Source, key, position, steps: int) -> Draw:
+    """The training batches of one outer step that begins at batch ``position`` of the source.
+
+    Own batches are ``position, ..., position + steps - 1`` of the run's key. Fresh ones come from a key of
+    their own, so that they disturb neither this epoch nor the next.
+    """
+    aside = jax.random.fold_in(jax.random.fold_in(key, 1), position)
+    if source.restarts:
+        return Draw(lambda j: source.batch(aside, jnp.asarray(j)), steps, source.sampled)
+    if not source.sampled:
+        return Draw(lambda j: source.batch(key, position + jnp.minimum(j, steps - 1)), steps, False)
+
+    def batch(j):
+        own = jnp.asarray(j) < steps
+        chosen = jax.random.wrap_key_data(
+            jnp.where(own, jax.random.key_data(key), jax.random.key_data(aside)),
+            impl=jax.random.key_impl(key),
+        )
+        return source.batch(chosen, jnp.where(own, position + j, j - steps))
+
+    return Draw(batch, steps, True)
+
+
+def permute(key, positions: jax.Array, n: int) -> jax.Array:
+    """Where ``positions`` of ``range(n)`` go in a shuffle that only ``key`` determines.
+
+    For large n a keyed bijection: an alternating Feistel network on the bits of the position, and
+    cycle walking back into the range. Nothing of size n is made, so that a batch of a million-row data
+    set costs what its own rows cost.
+    """
+    if n <= _SORTED_ROWS:
+        return jax.random.permutation(key, n)[positions]
+    bits = max(2, math.ceil(math.log2(n)))
+    low_bits = bits // 2
+    high_mask, low_mask = (1 << (bits - low_bits)) - 1, (1 << low_bits) - 1
+    round_keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
+
+    def shuffle(x):
+        high, low = x >> low_bits, x & low_mask
+        for i in range(_ROUNDS):
+            if i % 2:
+                low = low ^ (_mix(high ^ round_keys[i]) & low_mask)
+            else:
+                high = high ^ (_mix(low ^ round_keys[i]) & high_mask)
+        return (high << low_bits) | low
+
+    def walk(x):
+        return jnp.where(x >= n, shuffle(x), x)
+
+    start = shuffle(positions.astype(jnp.uint32))
+    return jax.lax.while_loop(lambda x: jnp.any(x >= n), walk, start).astype(jnp.int32)
+
+
+def _mix(x):
+    """A full-avalanche mix of 32 bits (multiply and xor-shift, constants of Mueller's `hash32`)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x45D9F3B)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x45D9F3B)
+    return x ^ (x >> 16)

@@ -1,0 +1,1 @@
+"""Hypergradient estimators, one file each; see `bilevel.problem.Estimator` for their protocol."""

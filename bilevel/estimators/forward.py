@@ -1,0 +1,55 @@
+"""Hypergradients by forward mode through the inner loop.
+
+With A_t and B_t as in `bilevel.estimators.unrolled`, the tangents of params move along with params::
+
+    Z_{t+1} = A_t Z_t + B_t,    dF_T/dhparams = d_hparams outer + Z_T^T d_params outer       (1)
+
+The same number as reverse mode, in memory that does not grow with the trajectory: one copy of params and
+optimiser state for every hyperparameter. For few hyperparameters and long trajectories.
+
+References:
+  Franceschi, Donini, Frasconi and Pontil, "Forward and reverse gradient-based hyperparameter
+  optimization", 2017, arXiv:1703.01785.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from bilevel.estimators.rollout import Trajectory, settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward(Trajectory):
+    """See `forward`."""
+
+    def estimate(self, problem, state, point, hparams, draw, valid, key):
+        """Eq. (1) from the point given; the point of the estimate is the end of the trajectory."""
+        del key
+        fn = self.outer_at_end(problem, point, draw, valid)
+        flat, unravel = ravel_pytree(hparams)
+        value, tangents, (end, metrics) = jax.vmap(
+            lambda t: jax.jvp(fn, (hparams,), (unravel(t),), has_aux=True),
+            out_axes=(None, 0, None),
+        )(jnp.eye(flat.size, dtype=flat.dtype))
+        grad = unravel(tangents.astype(flat.dtype))
+        return self.report(value, grad, end, metrics, draw, valid, passes=flat.size), state
+
+
+def forward(inner=None, steps: int | None = None, truncate: int | None = None, per_step=None) -> Forward:
+    """Forward mode through an inner loop of optax steps.
+
+    Args:
+      inner: an optax optimiser; default that of the method it is used in.
+      steps: length of the trajectory; default the method's inner steps.
+      truncate: differentiate through so many last steps only; default all.
+      per_step: prefix tree of bools over hparams: leaves with one entry for each step.
+
+    Raises:
+      TypeError, ValueError: an optimiser that is none, counts out of range.
+    """
+    return Forward(*settings(inner, steps, truncate, per_step), False)

@@ -1,0 +1,142 @@
+"""Hypergradients by implicit differentiation of the inner optimality condition.
+
+At an inner solution ``d_params inner = 0``, so that with the Hessian ``H = d^2_params inner``::
+
+    H v = d_params outer                                                             (1)
+    dF/dhparams = d_hparams outer - d_hparams (d_params inner . v)                   (2)
+
+Cost: one outer gradient, one product with H per solver step, one cross product. Memory: a few vectors
+of the size of params, whatever the number of hyperparameters or inner steps.
+
+Exact at an exact inner solution and an exact solve of (1). Away from it the error is of the first
+order in both. Not for hyperparameters of the optimiser (the solution does not depend on them) nor for
+inner problems without an isolated minimum; there, differentiate the trajectory (`bilevel.unrolled`).
+
+References:
+  Pedregosa, "Hyperparameter optimization with approximate gradient", 2016, arXiv:1602.02355.
+  Lorraine, Vicol and Duvenaud, "Optimizing millions of hyperparameters by implicit differentiation",
+  2020, arXiv:1911.02590.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import validation
+from bilevel.data import rows
+from bilevel.linear_solvers import axpy, cg, norm
+from bilevel.problem import RESIDUAL, Counts, Estimate, LinearSolver, inner_value, outer_value
+
+
+@dataclasses.dataclass(frozen=True)
+class Implicit:
+    """See `implicit`."""
+
+    solver: LinearSolver
+    curvature: str
+    batches: int
+    trajectory = False
+
+    def init(self, problem, point, hparams):
+        """The linear solver's state."""
+        del problem, hparams
+        return self.solver.init(point.params)
+
+    def estimate(self, problem, state, point, hparams, draw, valid, key):
+        """Eq. (2) at the point given, with the last batch of the draw or fresh ones."""
+        params, model_state = point.params, point.model_state
+        batch = draw.last
+
+        def outer(params, hparams):
+            return outer_value(problem, params, hparams, valid, model_state)
+
+        (value, metrics), (b, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(
+            params, hparams
+        )
+
+        def inner_on(batch):
+            return lambda params, hparams: inner_value(problem, params, hparams, batch, model_state)[0]
+
+        def inner(params, hparams):
+            if not self.batches:
+                return inner_on(batch)(params, hparams)
+            fresh = jnp.arange(draw.steps, draw.steps + self.batches)
+            return jnp.mean(jax.vmap(lambda j: inner_on(draw(j))(params, hparams))(fresh))
+
+        _, hvp = jax.linearize(lambda p: jax.grad(inner)(p, hparams), params)
+
+        def matvec(v, j=None):
+            if j is None or not draw.sampled:
+                return hvp(v)
+            fresh = inner_on(draw(draw.steps + self.batches + j))
+            return jax.jvp(lambda p: jax.grad(fresh)(p, hparams), (params,), (v,))[1]
+
+        v, state, solve = self.solver.solve(matvec, b, state, key)
+
+        def slope(params, hparams):
+            return jax.jvp(lambda p: inner(p, hparams), (params,), (v,))[1]
+
+        # The gradient of the slope along v is (H v, d_hparams (d_params inner . v)): the residual of
+        # Eq. (1) is measured, not taken from the solver's recursion, at almost no cost.
+        hv, cross = jax.grad(slope, argnums=(0, 1))(params, hparams)
+        b_norm = norm(b)
+        residual = norm(axpy(-1.0, hv, b))
+        train_rows, valid_rows = rows(batch) * max(1, self.batches), rows(valid)
+        estimate = Estimate(
+            value=value,
+            grad=axpy(-1.0, cross, direct),
+            point=point,
+            error=residual / jnp.where(b_norm == 0, 1, b_norm),
+            counts=Counts(
+                inner_grad=jnp.float32(0),
+                outer_grad=jnp.float32(valid_rows),
+                hvp=(solve.products * train_rows).astype(jnp.float32),
+                cross=jnp.float32(train_rows),
+            ),
+            solve=solve._replace(residual=residual),
+            metrics=metrics,
+            error_kind=RESIDUAL,
+        )
+        return estimate, state
+
+
+def implicit(solver: LinearSolver | None = None, curvature: str = "hessian", batches: int = 0) -> Implicit:
+    """Implicit differentiation at (near) the inner solution.
+
+    The error of an estimate is the relative residual ``|H v - d_params outer| / |d_params outer|``,
+    measured; it says nothing of how far params are from the inner solution. With float64 and the default
+    solver it is below 1.5e-8 and the hypergradient of a well-conditioned problem right to 1e-6; with
+    float32 the residual cannot fall below about 1e-7 times the condition number of H.
+
+    Args:
+      solver: of ``H v = d_params outer``; default `bilevel.cg`.
+      curvature: "hessian"; "gauss_newton" for a `bilevel.composite` inner loss.
+      batches: average the inner loss over so many fresh batches of a sampled source; 0 for the last
+        batch of the outer step's own.
+
+    Raises:
+      TypeError, ValueError: a solver that is none, an unknown curvature.
+
+    Example:
+      >>> import bilevel, jax.numpy as jnp
+      >>> problem = bilevel.Problem(
+      ...     inner=lambda w, lam, data: 0.5 * (w - data) ** 2 + 0.5 * lam * w**2,
+      ...     outer=lambda w, lam, data: 0.5 * (w - data) ** 2,
+      ... )
+      >>> fn = bilevel.hypergradient(problem, bilevel.implicit())
+      >>> est = fn(jnp.float32(1.0), jnp.float32(1.0), jnp.float32(2.0), jnp.float32(3.0))
+      >>> print(f"{est.grad:.3f}")  # w* = 2 / (1 + lam): (w* - 3) * (-2 / (1 + lam)^2) = 1
+      1.000
+    """
+    if curvature == "gauss_newton":
+        raise NotImplementedError('curvature="gauss_newton" comes with composite losses.')
+    if curvature != "hessian":
+        raise ValueError(f'curvature must be "hessian" or "gauss_newton", got {curvature!r}.')
+    return Implicit(
+        cg() if solver is None else validation.kind("solver", solver, "a linear solver"),
+        curvature,
+        validation.whole_number("batches", batches, 0),
+    )

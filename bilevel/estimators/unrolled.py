@@ -1,0 +1,92 @@
+"""Hypergradients by reverse mode through the unrolled inner loop.
+
+With ``params_{t+1} = step(params_t, hparams, batch_t)``, ``t < T``, A_t and B_t its derivatives by params and
+hparams, and alpha_T = d_params outer at the end::
+
+    dF_T/dhparams = d_hparams outer + sum_t B_t^T alpha_{t+1},    alpha_t = A_t^T alpha_{t+1}     (1)
+
+This is the exact derivative of the loss after T steps, optimiser state included, and so also of
+hyperparameters that act through the trajectory only. It differs from the hypergradient at the inner
+solution by what T steps leave unfinished. Truncated to the last K steps it has a bias of at most
+``(1 - gamma mu)^K / (gamma mu) |d_params outer| max |B_t|`` for gradient steps of size gamma on a
+mu-strongly convex loss (Shaban et al., 2019).
+
+Cost: T inner gradients, and about three more passes backwards. Memory: O(sqrt(T)) copies of params and
+optimiser state, O(T) without remat. Long trajectories of adaptive optimisers can be chaotic: their
+true derivative explodes; truncate, or use implicit differentiation.
+
+References:
+  Franceschi, Donini, Frasconi and Pontil, "Forward and reverse gradient-based hyperparameter
+  optimization", 2017, arXiv:1703.01785.
+  Shaban, Cheng, Hatch and Boots, "Truncated back-propagation for bilevel optimization", 2019,
+  arXiv:1810.10667.
+  Luketina, Berglund, Greff and Raiko, "Scalable gradient-based tuning of continuous regularization
+  hyperparameters", 2016, arXiv:1511.06727.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.estimators.rollout import Trajectory, settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Unrolled(Trajectory):
+    """See `unrolled`."""
+
+    def estimate(self, problem, state, point, hparams, draw, valid, key):
+        """Eq. (1) from the point given; the point of the estimate is the end of the trajectory."""
+        del key
+        fn = self.outer_at_end(problem, point, draw, valid)
+        (value, (end, metrics)), grad = jax.value_and_grad(fn, has_aux=True)(hparams)
+        return self.report(value, grad, end, metrics, draw, valid, passes=1), state
+
+
+def unrolled(
+    inner=None,
+    steps: int | None = None,
+    truncate: int | None = None,
+    remat: bool = True,
+    per_step=None,
+) -> Unrolled:
+    """Reverse mode through an inner loop of optax steps.
+
+    Args:
+      inner: an optax optimiser; default that of the method it is used in.
+      steps: length of the trajectory; default the method's inner steps.
+      truncate: differentiate through so many last steps only; default all.
+      remat: keep about sqrt(steps) points and recompute the rest; False keeps every step.
+      per_step: prefix tree of bools over hparams: leaves with one entry for each step.
+
+    Raises:
+      TypeError, ValueError: an optimiser that is none, counts out of range.
+
+    Example:
+      >>> import bilevel, jax.numpy as jnp, optax
+      >>> problem = bilevel.Problem(
+      ...     inner=lambda w, lam, data: 0.5 * (w - data) ** 2 + 0.5 * lam * w**2,
+      ...     outer=lambda w, lam, data: 0.5 * (w - data) ** 2,
+      ... )
+      >>> fn = bilevel.hypergradient(problem, bilevel.unrolled(optax.sgd(0.2), steps=100))
+      >>> est = fn(jnp.float32(0.0), jnp.float32(1.0), jnp.float32(2.0), jnp.float32(3.0))
+      >>> print(f"{est.params:.3f} {est.grad:.3f}")
+      1.000 1.000
+    """
+    return Unrolled(*settings(inner, steps, truncate, per_step), bool(remat))
+
+
+def one_step(inner=None) -> Unrolled:
+    """Through the last inner step only: T1-T2 and first-order-cheap DARTS.
+
+    The indirect term is that of a single step, ``-step_size (d_params outer) . d_hparams d_params inner`` for
+    gradient descent: one cross product, no Hessian. Biased by everything older than one step; its scale is
+    that of the inner step size. The same as ``unrolled(inner, truncate=1)``.
+
+    Args:
+      inner: an optax optimiser, for one step from the point given; default the inner loop of the
+        method it is used in, whose last step is differentiated.
+    """
+    return unrolled(inner, steps=None if inner is None else 1, truncate=1)

@@ -1,0 +1,139 @@
+"""Batches from a Python iterable, stacked for a chunk of outer steps and fetched ahead.
+
+Any iterable of pytrees of arrays will do (numpy, grain, tf.data, torch loaders). A thread of its own
+fetches a few batches ahead, so that loading overlaps with computing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import queue
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import validation
+from bilevel.data import Stacked, Whole, as_arrays
+from bilevel.problem import PyTree, register, static
+
+_AHEAD = 64
+_END = object()
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """Batches for a chunk of outer steps, along the leading axis; ``at`` is one step's source.
+
+    ``single``: one batch a step (validation), without an axis of inner steps.
+    """
+
+    batches: PyTree
+    single: bool = static()
+
+    def at(self, i):
+        """The source of the chunk's ``i``-th outer step."""
+        batches = jax.tree.map(lambda array: array[i], self.batches)
+        return Whole(batches) if self.single else Stacked(batches, renewed=True)
+
+
+class Feed:
+    """Fetches batches from an iterable; what was taken to look at shapes is not lost."""
+
+    def __init__(self, iterable: Iterable, name: str, per_step: int, single: bool):
+        self.name, self.per_step, self.single = name, per_step, single
+        self.taken = 0
+        self.why_ended: str | None = None
+        self._pushed_back: list[PyTree] = []
+        self._queue: queue.Queue = queue.Queue(maxsize=_AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fetch, args=(iter(iterable),), daemon=True)
+        self._thread.start()
+        first = self._next()
+        if first is _END:
+            raise ValueError(f"{name} is an iterable without any batch.")
+        self.first = as_arrays(first, f"{name}[0]")
+        self._shapes = _shapes(self.first)
+        self._pushed_back.append(self.first)
+
+    def example(self):
+        """A source with the shapes of one outer step, for checks and for the first state."""
+        if self.single:
+            return Whole(self.first)
+        return Stacked(_stack([self.first] * self.per_step), renewed=True)
+
+    def chunk(self, steps: int, capacity: int) -> tuple[Fed | None, int]:
+        """Batches for up to ``steps`` outer steps, padded to ``capacity``, and how many steps they last."""
+        rows: list[PyTree] = []
+        for _ in range(steps):
+            batches = list(itertools.islice(self._checked(), self.per_step))
+            if len(batches) < self.per_step:
+                self.why_ended = self.why_ended or f"{self.name} ended after {self.taken} batches"
+                break
+            self.taken += self.per_step
+            rows.append(batches[0] if self.single else _stack(batches))
+        if not rows:
+            return None, 0
+        padded = rows + rows[-1:] * (capacity - len(rows))
+        return Fed(jax.tree.map(jnp.asarray, _stack(padded)), self.single), len(rows)
+
+    def close(self) -> None:
+        """Stop fetching."""
+        self._stop.set()
+
+    def _checked(self):
+        while self.why_ended is None:
+            batch = self._pushed_back.pop() if self._pushed_back else self._next()
+            if batch is _END:
+                return
+            shapes = _shapes(batch)
+            if shapes != self._shapes:
+                self.why_ended = (
+                    f"{self.name} gave a batch of other shapes after {self.taken} batches, "
+                    f"{validation.describe(batch)} instead of {validation.describe(self.first)} (a shorter "
+                    "last batch? drop it in the loader)"
+                )
+                return
+            yield batch
+
+    def _fetch(self, iterator) -> None:
+        try:
+            for batch in iterator:
+                if not self._put(jax.tree.map(np.asarray, batch)):
+                    return
+            self._put(_END)
+        except BaseException as error:  # handed to the thread that asks for the batch
+            self._put(error)
+
+    def _put(self, item) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _next(self) -> Any:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._queue.put(item)
+            raise item
+        if item is _END:
+            self._queue.put(_END)
+        return item
+
+
+def _shapes(batch):
+    return jax.tree.structure(batch), tuple(
+        (np.shape(x), np.dtype(jnp.result_type(x))) for x in jax.tree.leaves(batch)
+    )
+
+
+def _stack(batches: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *batches)

@@ -1,0 +1,282 @@
+"""Solvers of ``A x = b`` for pytrees, where A is known by its products.
+
+The systems are those of implicit differentiation, ``H v = d_params outer`` with the inner Hessian H.
+Every solver reports what is left: the norm of the residual, its iterations, and whether it met negative
+curvature, in which case H is not that of a minimum and the answer means little.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from bilevel import validation
+from bilevel.problem import Preconditioner, PyTree, SolveInfo
+
+# Above this many parameters a dense matrix is refused (it would hold 200 MB in float64).
+DENSE_LIMIT = 5000
+
+
+def vdot(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner product over all leaves; a scalar."""
+    parts = [jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    return sum(parts[1:], start=parts[0])
+
+
+def norm(a: PyTree) -> jax.Array:
+    """Euclidean norm over all leaves; a scalar."""
+    return jnp.sqrt(vdot(a, a))
+
+
+def axpy(alpha, x: PyTree, y: PyTree) -> PyTree:
+    """``alpha x + y`` leaf by leaf, in the dtype of ``y``."""
+    return jax.tree.map(lambda a, b: (alpha * a + b).astype(b.dtype), x, y)
+
+
+def where(condition, x: PyTree, y: PyTree) -> PyTree:
+    """Leaf by leaf ``x`` where a scalar condition holds, else ``y``."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+class _CGLoop(NamedTuple):
+    x: PyTree
+    residual: PyTree
+    direction: PyTree
+    rz: jax.Array  # residual . preconditioned residual
+    rr: jax.Array  # residual . residual
+    steps: jax.Array
+    negative_curvature: jax.Array
+
+
+class CGState(NamedTuple):
+    """The last solution, where the next solve starts, and the preconditioner's state."""
+
+    x: PyTree
+    preconditioner: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class CG:
+    """See `cg`."""
+
+    max_steps: int
+    tol: float | None
+    atol: float
+    preconditioner: Preconditioner | None
+    damping: float
+
+    def init(self, params):
+        """Zeros: the first solve starts cold."""
+        preconditioner = self.preconditioner.init(params) if self.preconditioner else ()
+        return CGState(jax.tree.map(jnp.zeros_like, params), preconditioner)
+
+    def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
+        """``(A + damping I) x = b`` from the last solution; ``rtol``, ``atol`` replace the settings."""
+        bb = vdot(b, b)
+        if rtol is None:
+            rtol = jnp.sqrt(jnp.finfo(bb.dtype).eps) if self.tol is None else self.tol
+        atol = self.atol if atol is None else atol
+        target = jnp.maximum(jnp.square(rtol) * bb, jnp.square(atol)).astype(bb.dtype)
+
+        def product(v):
+            return axpy(self.damping, v, matvec(v)) if self.damping else matvec(v)
+
+        if self.preconditioner:
+            preconditioner = self.preconditioner.update(product, state.preconditioner, key)
+        else:
+            preconditioner = ()
+
+        def precondition(r, rr):
+            if not self.preconditioner:
+                return r, rr
+            z = self.preconditioner.apply(preconditioner, r)
+            return z, vdot(r, z)
+
+        # A start that is worse than zero (or not finite) is dropped.
+        warm = axpy(-1.0, product(state.x), b)
+        warm_rr = vdot(warm, warm)
+        use = warm_rr < bb
+        x = where(use, state.x, jax.tree.map(jnp.zeros_like, b))
+        r = where(use, warm, b)
+        rr = jnp.where(use, warm_rr, bb)
+        z, rz = precondition(r, rr)
+
+        def going(loop):
+            return (loop.steps < self.max_steps) & (loop.rr > target) & ~loop.negative_curvature
+
+        def step(loop):
+            ap = product(loop.direction)
+            curvature = vdot(loop.direction, ap)
+            bad = ~(curvature > 0)
+            alpha = jnp.where(bad, 0, loop.rz / jnp.where(bad, 1, curvature))
+            x = axpy(alpha, loop.direction, loop.x)
+            r = axpy(-alpha, ap, loop.residual)
+            rr = vdot(r, r)
+            z, rz = precondition(r, rr)
+            beta = rz / jnp.where(loop.rz == 0, 1, loop.rz)
+            return _CGLoop(x, r, axpy(beta, loop.direction, z), rz, rr, loop.steps + 1, bad)
+
+        start = _CGLoop(x, r, z, rz, rr, jnp.int32(0), jnp.bool_(False))
+        end = jax.lax.while_loop(going, step, start)
+        info = SolveInfo(jnp.sqrt(end.rr), end.steps, end.steps + 1, end.negative_curvature)
+        return end.x, CGState(end.x, preconditioner), info
+
+
+def cg(
+    max_steps: int = 100,
+    tol: float | None = None,
+    atol: float = 0.0,
+    preconditioner: Preconditioner | None = None,
+    damping: float = 0.0,
+) -> CG:
+    """Conjugate gradients, for symmetric positive definite systems.
+
+    Stops at ``|r| <= max(tol |b|, atol)``, after ``max_steps`` products, or at a direction of non-positive
+    curvature (then it keeps what it had and says so). Inside a method every solve starts at the
+    solution of the one before. One product per step and one for the start; three vectors of memory.
+
+    Args:
+      max_steps: products at most.
+      tol: relative to the right-hand side; default the square root of the dtype's rounding unit
+        (1.5e-8 in float64, 3.5e-4 in float32); 0 for a fixed number of steps.
+      atol: absolute.
+      preconditioner: an object with the three functions of `bilevel.problem.Preconditioner`.
+      damping: solve ``(A + damping I) x = b`` instead. This is a bias, and the error of an
+        implicit estimate, measured against A, shows it.
+
+    Raises:
+      TypeError, ValueError: a setting that is no number or out of range.
+
+    References:
+      Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952.
+    """
+    if preconditioner is not None and not isinstance(preconditioner, Preconditioner):
+        raise TypeError(
+            "preconditioner must have init(params), update(matvec, state, key) and apply(state, v), "
+            f"got {preconditioner!r}."
+        )
+    return CG(
+        validation.whole_number("max_steps", max_steps, 1),
+        None if tol is None else validation.number("tol", tol, minimum=0.0),
+        validation.number("atol", atol, minimum=0.0),
+        preconditioner,
+        validation.number("damping", damping, minimum=0.0),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Neumann:
+    """See `neumann`."""
+
+    terms: int
+    step_size: float
+
+    def init(self, params):
+        """No state."""
+        del params
+        return ()
+
+    def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
+        """The truncated series; a fixed number of terms, so that tolerances do not apply."""
+        del key, rtol, atol
+
+        def step(j, carry):
+            power, total, _ = carry
+            product = matvec(power, j - 1)
+            curvature = vdot(power, product)
+            power = axpy(-self.step_size, product, power)
+            return power, axpy(1.0, power, total), curvature <= 0
+
+        carry = (b, b, jnp.bool_(False))
+        power, total, negative = jax.lax.fori_loop(1, self.terms, step, carry)
+        x = jax.tree.map(lambda s: (self.step_size * s).astype(s.dtype), total)
+        # b - A x = (I - step_size A)^terms b, one product beyond the last power: not formed.
+        products = jnp.int32(self.terms - 1)
+        info = SolveInfo(norm(power), products, products, negative)
+        return x, state, info
+
+
+def neumann(terms: int, step_size: float) -> Neumann:
+    """Truncated Neumann series ``x = step_size sum_{k < terms} (I - step_size A)^k b``.
+
+    It is what ``terms`` unrolled gradient steps of the same size compute at the solution of a
+    quadratic. ``terms - 1`` products, each with a fresh batch where the source is sampled. It converges
+    for ``0 < step_size < 2 / lambda_max(A)``; its bias is at most
+    ``(1 - step_size mu)^terms |b| / mu`` for the smallest eigenvalue mu.
+
+    Args:
+      terms: of the series, at least 1.
+      step_size: about the inverse of the largest eigenvalue; for a mini-batch, of its Hessian.
+
+    Raises:
+      TypeError, ValueError: a setting that is no number or out of range.
+
+    References:
+      Lorraine, Vicol and Duvenaud, "Optimizing millions of hyperparameters by implicit
+      differentiation", 2020, arXiv:1911.02590.
+    """
+    return Neumann(
+        validation.whole_number("terms", terms, 1),
+        validation.number("step_size", step_size, positive=True),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """See `dense`."""
+
+    def init(self, params):
+        """No state; refuses what does not fit."""
+        size = sum(x.size for x in jax.tree.leaves(params))
+        if size > DENSE_LIMIT:
+            raise ValueError(
+                f"bilevel.dense() would form a matrix of {size} x {size}; it takes at most {DENSE_LIMIT} "
+                "parameters. Take bilevel.cg(), which needs products only."
+            )
+        return ()
+
+    def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
+        """By LU factorisation of the matrix formed from its products with unit vectors."""
+        del key, rtol, atol
+        flat, unravel = ravel_pytree(b)
+        columns = jax.vmap(lambda e: ravel_pytree(matvec(unravel(e)))[0])(
+            jnp.eye(flat.size, dtype=flat.dtype)
+        )
+        x = jnp.linalg.solve(columns.T, flat)
+        residual = jnp.linalg.norm(columns.T @ x - flat)
+        products = jnp.int32(flat.size)
+        return (
+            unravel(x),
+            state,
+            SolveInfo(residual, jnp.int32(1), products, jnp.vdot(x, flat) <= 0),
+        )
+
+
+def dense() -> Dense:
+    """Direct solve of the matrix itself: for tests and for a few thousand parameters at most.
+
+    As many products as parameters, in one batch, and the square of their number in memory.
+    """
+    return Dense()
+
+
+def nystrom(rank: int, damping: float) -> Any:
+    """Low-rank approximation from some columns of the matrix."""
+    del rank, damping
+    raise NotImplementedError("the Nystrom solver comes with a later release.")
+
+
+def gmres(max_steps: int = 100) -> Any:
+    """For the non-symmetric systems of fixed points."""
+    del max_steps
+    raise NotImplementedError("the gmres solver comes with a later release.")
+
+
+def sgd(step_size: float) -> Any:
+    """One running gradient step per solve, for single-loop methods."""
+    del step_size
+    raise NotImplementedError("the sgd solver comes with a later release.")

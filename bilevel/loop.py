@@ -1,0 +1,208 @@
+"""The compiled part of a run: a chunk of outer steps as one program.
+
+The chunk is a while loop with traced bounds that writes one row per outer step into a buffer, so that a
+shorter chunk, another number of steps or another tolerance compile nothing. The host sees the carry
+between chunks only, and no result depends on where chunks end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.feed import Fed
+from bilevel.problem import CERTIFIED, Method, Problem, PyTree, Status, outer_value, register
+
+# Leaves of hparams up to this size are recorded entry by entry, larger ones by quantiles ...
+_ENTRIES = 32
+_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+# ... of at most this many of their entries, evenly spaced.
+_SAMPLE = 4096
+
+COLUMNS = (
+    "value", "grad_norm", "error", "accepted", "nonfinite", "solver_steps", "solver_residual",
+    "negative_curvature", "inner_grad", "outer_grad", "hvp", "cross",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a chunk is compiled for."""
+
+    problem: Problem
+    method: Method
+    capacity: int
+    judge_every: int
+    keep_best: bool
+    judges: bool
+    tests: bool
+    metrics: tuple[str, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the history's columns, in the order of a row."""
+        names = COLUMNS + self.metrics
+        names += ("judged",) if self.judges else ()
+        return names + (("test", *(f"test_{m}" for m in self.metrics)) if self.tests else ())
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """What a chunk takes and returns: the run so far, and this chunk's rows."""
+
+    state: Any
+    best: PyTree  # (params, hparams, value, step), or None
+    rows: jax.Array
+    trail: jax.Array
+    step: jax.Array
+    status: jax.Array
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(plan: Plan):
+    """The jitted ``chunk`` of a plan; the carry is donated."""
+    return jax.jit(functools.partial(_chunk, plan), donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=64)
+def compiled_start(plan: Plan):
+    """The jitted ``start`` of a plan."""
+    return jax.jit(functools.partial(_start, plan))
+
+
+def _start(plan: Plan, params, hparams, key, train, valid):
+    """The first carry, and both losses at the start."""
+    problem = plan.problem
+    state = plan.method.init(problem, params, hparams, train, valid, key=key)
+    inner = problem.inner(params, hparams, train.batch(key, 0))
+    outer, _ = outer_value(problem, params, hparams, valid.batch(key, 0), None)
+    best = None
+    if plan.keep_best:
+        best = (_copy(params), _copy(state.hparams), jnp.full_like(outer, jnp.inf), jnp.int32(0))
+    carry = Carry(
+        state=state,
+        best=best,
+        rows=jnp.zeros((plan.capacity, len(plan.columns)), outer.dtype),
+        trail=jnp.zeros((plan.capacity, trail_width(hparams)), outer.dtype),
+        step=jnp.int32(0),
+        status=jnp.int32(Status.RUNNING),
+    )
+    return carry, inner, outer
+
+
+def _copy(tree):
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def _chunk(plan: Plan, carry: Carry, stop, tol, key, train, valid, test) -> Carry:
+    first = carry.step
+
+    def going(carry):
+        return (carry.step < stop) & (carry.status == Status.RUNNING)
+
+    def body(carry):
+        t, row = carry.step, carry.step - first
+        sources = [s.at(row) if isinstance(s, Fed) else s for s in (train, valid)]
+        state, info = plan.method.step(plan.problem, carry.state, *sources)
+        due = t % plan.judge_every == 0
+        values, value = _row(plan, info, due, key, valid, test)
+        best = carry.best
+        if best is not None:
+            better = info.accepted & (value < best[2])
+            new = (info.params, info.hparams, value, t)
+            best = jax.lax.cond(better, lambda: new, lambda: best)
+        gap = info.grad_norm + (info.error if info.error_kind == CERTIFIED else 0)
+        done = info.accepted & due & (gap <= tol) & (info.status == Status.RUNNING)
+        # Quantiles are sorted for, so that they are recorded at judged steps only.
+        record = due | jnp.bool_(not any(quantile_leaves(info.hparams)))
+        trail = jax.lax.cond(
+            record,
+            lambda: _trail(info.hparams, carry.trail.dtype),
+            lambda: jnp.zeros_like(carry.trail[0]),
+        )
+        return Carry(
+            state=state,
+            best=best,
+            rows=jax.lax.dynamic_update_index_in_dim(carry.rows, values.astype(carry.rows.dtype), row, 0),
+            trail=jax.lax.dynamic_update_index_in_dim(carry.trail, trail, row, 0),
+            step=t + 1,
+            status=jnp.where(done, Status.CONVERGED, info.status).astype(jnp.int32),
+        )
+
+    return jax.lax.while_loop(going, body, carry)
+
+
+def _row(plan: Plan, info, due, key, valid, test):
+    """A row of the history, and the value that decides which pair is best."""
+    value = info.value
+    columns = [
+        value, info.grad_norm, info.error, info.accepted, info.nonfinite, info.solve.steps,
+        info.solve.residual, info.solve.negative_curvature, *info.counts,
+        *(info.metrics[name] for name in plan.metrics),
+    ]  # fmt: skip
+    nothing = jnp.full_like(value, jnp.inf)
+
+    def outer_on(batch):
+        def measure():
+            out, metrics = outer_value(plan.problem, info.params, info.hparams, batch, None)
+            return jnp.stack([out, *(metrics[name].astype(out.dtype) for name in plan.metrics)])
+
+        width = 1 + len(plan.metrics)
+        return jax.lax.cond(due, measure, lambda: jnp.broadcast_to(nothing, (width,)))
+
+    if plan.judges:
+        value = outer_on(valid.whole(key))[0]
+        columns.append(value)
+    if plan.tests:
+        columns.extend(outer_on(test.whole(key)))
+    return jnp.stack([jnp.asarray(c).astype(nothing.dtype) for c in columns]), value
+
+
+def quantile_leaves(hparams) -> tuple[bool, ...]:
+    """For each leaf, whether it is recorded by quantiles."""
+    return tuple(x.size > _ENTRIES for x in jax.tree.leaves(hparams))
+
+
+def trail_width(hparams) -> int:
+    """Numbers recorded per outer step of the trajectory."""
+    sizes = [x.size if x.size <= _ENTRIES else len(_QUANTILES) for x in jax.tree.leaves(hparams)]
+    return sum(sizes)
+
+
+def _trail(hparams, dtype) -> jax.Array:
+    parts = []
+    for leaf in jax.tree.leaves(hparams):
+        flat = leaf.ravel()
+        if flat.size > _ENTRIES:
+            flat = jnp.quantile(flat[:: -(-flat.size // _SAMPLE)], jnp.array(_QUANTILES, leaf.dtype))
+        parts.append(flat.astype(dtype))
+    return jnp.concatenate(parts)
+
+
+def unpack_trail(trail, hparams) -> PyTree:
+    """Rows of the trajectory as a tree like hparams."""
+    leaves, treedef = jax.tree.flatten(hparams)
+    out, at = [], 0
+    for leaf in leaves:
+        shape = leaf.shape if leaf.size <= _ENTRIES else (len(_QUANTILES),)
+        width = trail_width([leaf])
+        out.append(trail[:, at : at + width].reshape(len(trail), *shape))
+        at += width
+    return jax.tree.unflatten(treedef, out)
+
+
+def last_trail(hparams, dtype):
+    """The row of the trajectory for given hparams, computed by numpy."""
+    parts = []
+    for leaf in jax.tree.leaves(hparams):
+        flat = np.asarray(leaf).ravel()
+        if flat.size > _ENTRIES:
+            flat = np.quantile(flat[:: -(-flat.size // _SAMPLE)], _QUANTILES)
+        parts.append(flat.astype(dtype))
+    return np.concatenate(parts)

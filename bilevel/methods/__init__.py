@@ -1,0 +1,1 @@
+"""Outer solvers, one file each; see `bilevel.problem.Method` for their protocol."""

@@ -1,0 +1,457 @@
+"""The contract: what a problem is, and what its parts hand to one another.
+
+A bilevel problem chooses hyperparameters by the loss of the parameters they lead to::
+
+    min over hparams   F(hparams) = outer(params*(hparams), hparams, valid)          (1)
+    subject to         params*(hparams) in argmin over params of inner(params, hparams, train)
+
+and the object of interest is the hypergradient, direct term plus indirect term::
+
+    dF/dhparams = d_hparams outer + (d params*/d hparams)^T d_params outer            (2)
+
+Everything in the library is one of five kinds of frozen, hashable values without arrays, each with an
+``init`` that makes a state and one pure function that takes the state and returns it, as in optax:
+
+=================  =====================================================================
+`Problem`          what is solved; two losses and their structure
+`Estimator`        hypergradient at a point: Eq. (2) and how far off it is
+`LinearSolver`     solves ``H v = d_params outer`` for the estimators that need it
+`InnerSolver`      moves params to a stated accuracy
+`Method`           one outer step: advance params, estimate, move hparams
+=================  =====================================================================
+
+Vocabulary: params, hparams and batches are pytrees of arrays, always passed in this order. What
+a user writes or reads is in natural units; free (unconstrained) units live inside the methods, see
+`bilevel.constraints`. A *point* is where an inner problem stands. A *draw* hands out training batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.constraints import Constraint
+
+PyTree = Any
+Params = PyTree
+HParams = PyTree
+Batch = PyTree
+
+
+def register(cls):
+    """Make a dataclass a pytree; fields with ``metadata={"static": True}`` are not leaves."""
+    return jax.tree_util.register_dataclass(cls)
+
+
+def static(**kwargs):
+    """A dataclass field that belongs to the structure of a pytree, not to its leaves."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+# --- Problems ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticTree:
+    """A pytree of hashable settings kept as leaves and structure, so that it hashes itself."""
+
+    leaves: tuple
+    treedef: Any
+
+    @classmethod
+    def of(cls, tree: PyTree) -> StaticTree:
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Constraint))
+        return cls(tuple(leaves), treedef)
+
+    def tree(self) -> PyTree:
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
+    def __repr__(self) -> str:
+        return repr(self.tree())
+
+
+@dataclasses.dataclass(frozen=True)
+class Smoothness:
+    """Constants that turn error estimates into certificates (Theorem 2.1 of Salehi et al., 2024).
+
+    Each is a float or a function of hparams; ``w, w'`` are any two params, norms are Euclidean.
+
+    Args:
+      strong_convexity: mu with ``(grad inner(w) - grad inner(w')) . (w - w') >= mu |w - w'|^2``.
+      inner: L with ``|grad inner(w) - grad inner(w')| <= L |w - w'|``, gradients in params.
+      outer: L with ``|grad outer(w) - grad outer(w')| <= L |w - w'|``, gradients in params.
+      cross: L with ``|J(w) - J(w')| <= L |w - w'|`` for ``J = d_hparams d_params inner``.
+      inverse_hessian: L with ``|H(w)^-1 - H(w')^-1| <= L |w - w'|`` for ``H = d^2_params inner``.
+      direct: L with ``|d_hparams outer(w) - d_hparams outer(w')| <= L |w - w'|``; None only where
+        outer structurally ignores hparams.
+    """
+
+    strong_convexity: float | Callable
+    inner: float | Callable
+    outer: float | Callable
+    cross: float | Callable = 0.0
+    inverse_hessian: float | Callable = 0.0
+    direct: float | Callable | None = None
+
+    def __post_init__(self):
+        raise NotImplementedError("Smoothness certificates come with a later release.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A bilevel problem whose inner solution minimises a loss, Eq. (1) of the module.
+
+    Args:
+      inner: ``(params, hparams, batch) -> scalar``, the training loss.
+      outer: ``(params, hparams, batch) -> scalar`` or ``(scalar, dict of scalar metrics)``, the
+        validation loss; metrics become columns of the history.
+      constraints: where hparams live: one constraint for all, a tree that matches hparams or a prefix
+        of it, or a dict of names of subtrees. What is not named is unconstrained.
+      start: ``(hparams, batch, key) -> params``, where every outer step begins.
+      has_state: the losses take a fourth argument, mutable model state, and inner returns
+        ``(loss, state)``.
+      smoothness: constants that turn error estimates into certificates.
+
+    Raises:
+      TypeError: an argument is of the wrong kind.
+
+    Example:
+      >>> import bilevel
+      >>> def train_loss(params, hparams, batch):
+      ...     return 0.5 * (params - batch) ** 2 + 0.5 * hparams["l2"] * params**2
+      >>> def valid_loss(params, hparams, batch):
+      ...     return 0.5 * (params - batch) ** 2
+      >>> bilevel.Problem(train_loss, valid_loss, constraints={"l2": bilevel.positive()})
+      Problem(inner=train_loss, outer=valid_loss, constraints={'l2': positive()})
+    """
+
+    inner: Callable
+    outer: Callable
+    constraints: Any = None
+    start: Callable | None = None
+    has_state: bool = False
+    smoothness: Smoothness | None = None
+
+    def __post_init__(self):
+        _require_callable("inner", self.inner, "(params, hparams, batch) -> scalar")
+        _finish_problem(self)
+
+    def __repr__(self) -> str:
+        return _repr_problem(self, "inner")
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPoint:
+    """A bilevel problem whose inner solution is a fixed point: ``params == update(params, ...)``.
+
+    Args:
+      update: ``(params, hparams, batch) -> params``, for instance one step of EM.
+      outer: as in `Problem`; so are the further arguments.
+    """
+
+    update: Callable
+    outer: Callable
+    constraints: Any = None
+    start: Callable | None = None
+    has_state: bool = False
+    smoothness: Smoothness | None = None
+
+    def __post_init__(self):
+        _require_callable("update", self.update, "(params, hparams, batch) -> params")
+        _finish_problem(self)
+        raise NotImplementedError("FixedPoint problems come with a later release.")
+
+    def __repr__(self) -> str:
+        return _repr_problem(self, "update")
+
+
+def composite(predict: Callable, loss: Callable, penalty: Callable | None = None) -> Callable:
+    """An inner loss of known structure: ``loss(predict(params)) + penalty(params)``.
+
+    Args:
+      predict: ``(params, hparams, batch) -> outputs``.
+      loss: ``(outputs, hparams, batch) -> scalar``, convex in outputs.
+      penalty: ``(params, hparams) -> scalar`` or None.
+    """
+    del predict, loss, penalty
+    raise NotImplementedError("composite losses come with a later release.")
+
+
+def lift(problem: Problem) -> Problem:
+    """The problem with a leading axis on params, train and valid, and hparams shared."""
+    del problem
+    raise NotImplementedError("lifted problems come with a later release.")
+
+
+def inner_value(problem: Problem, params, hparams, batch, model_state) -> tuple[jax.Array, PyTree]:
+    """Inner loss and the model state after it."""
+    return problem.inner(params, hparams, batch), model_state
+
+
+def outer_value(problem: Problem, params, hparams, batch, model_state) -> tuple[jax.Array, dict]:
+    """Outer loss and its dict of metrics, empty where the loss returns a bare scalar."""
+    del model_state
+    out = problem.outer(params, hparams, batch)
+    return out if isinstance(out, tuple) else (out, {})
+
+
+def _require_callable(name: str, fn, signature: str) -> None:
+    if not callable(fn):
+        raise TypeError(f"{name} must be a function {signature}, got {fn!r}.")
+
+
+def _finish_problem(problem: Problem | FixedPoint) -> None:
+    _require_callable("outer", problem.outer, "(params, hparams, batch) -> scalar")
+    if problem.constraints is not None and not isinstance(problem.constraints, StaticTree):
+        spec = StaticTree.of(problem.constraints)
+        for leaf in spec.leaves:
+            if not isinstance(leaf, Constraint):
+                raise TypeError(
+                    "constraints must hold constraints such as bilevel.positive() or "
+                    f"bilevel.interval(0, 1), got {leaf!r}."
+                )
+        object.__setattr__(problem, "constraints", spec)
+    if problem.start is not None:
+        raise NotImplementedError("start= (where every outer step begins) comes later.")
+    if problem.has_state:
+        raise NotImplementedError("has_state= (mutable model state) comes with a later release.")
+
+
+def _repr_problem(problem: Problem | FixedPoint, level: str) -> str:
+    parts = []
+    for field in dataclasses.fields(problem):
+        value = getattr(problem, field.name)
+        if field.name in (level, "outer"):
+            parts.append(f"{field.name}={getattr(value, '__name__', repr(value))}")
+        elif value != field.default:
+            parts.append(f"{field.name}={value!r}")
+    return f"{type(problem).__name__}({', '.join(parts)})"
+
+
+# --- What parts hand to one another ----------------------------------------------------------------
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Where an inner problem stands."""
+
+    params: Params
+    opt_state: PyTree = None
+    model_state: PyTree = None
+
+
+class Draw(NamedTuple):
+    """Hands out the training batches of one outer step.
+
+    ``draw(j)`` with ``j < steps`` are the step's own batches; later ``j`` are fresh ones where the
+    source has them (``sampled``), else the last again. ``j`` may be traced.
+    """
+
+    batch: Callable[[Any], Batch]
+    steps: int
+    sampled: bool
+
+    def __call__(self, j) -> Batch:
+        return self.batch(j)
+
+    @property
+    def last(self) -> Batch:
+        """The last of the step's own batches."""
+        return self.batch(self.steps - 1)
+
+
+class Counts(NamedTuple):
+    """Examples touched, per kind of oracle; floats, so that long runs do not overflow."""
+
+    inner_grad: Any = 0.0
+    outer_grad: Any = 0.0
+    hvp: Any = 0.0
+    cross: Any = 0.0
+
+
+class SolveInfo(NamedTuple):
+    """What a linear or inner solver says of its solve; all scalars.
+
+    ``residual``: norm of what is left, absolute. ``steps``: iterations; ``products``: with the matrix,
+    or gradients. ``negative_curvature``: a direction with non-positive curvature was met, so the
+    matrix is not positive definite.
+    """
+
+    residual: Any
+    steps: Any
+    products: Any
+    negative_curvature: Any
+
+
+CERTIFIED, ESTIMATED, RESIDUAL, NONE = "certified", "estimated", "residual", "none"
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A hypergradient and what is known of it.
+
+    ``value``: outer loss at ``params``, a scalar. ``grad``: like hparams, natural units. ``point``:
+    where the inner problem stands afterwards, see `params`. ``error``: a scalar whose meaning is
+    ``error_kind``: "certified" (upper bound on ``|grad - exact|``), "estimated" (bound with estimated
+    constants), "residual" (relative residual of the linear solve, measured), "none" (``inf``).
+    ``counts``: examples touched. ``solve``: the linear solve. ``metrics``: of the outer loss.
+    """
+
+    value: jax.Array
+    grad: HParams
+    point: Point
+    error: jax.Array
+    counts: Counts
+    solve: SolveInfo
+    metrics: dict
+    error_kind: str = static(default=NONE)
+
+    @property
+    def params(self) -> Params:
+        """Parameters at which ``value`` and ``grad`` were taken."""
+        return self.point.params
+
+
+class Status(enum.IntEnum):
+    """How a run stands or ended."""
+
+    RUNNING = 0
+    CONVERGED = 1
+    BUDGET = 2
+    DIVERGED = 3
+    STALLED = 4
+    DATA_EXHAUSTED = 5
+    INTERRUPTED = 6
+
+
+class NonFinite(enum.IntFlag):
+    """Where an outer step met a number that is not finite; the step is then rejected."""
+
+    VALUE = 1
+    GRAD = 2
+    PARAMS = 4
+    STATE = 8
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a person wants to know of one outer step; the state is what the next step needs.
+
+    ``value`` is outer at the pair (``params``, ``hparams``), which is neither always the pair before
+    the step nor the one after it. ``grad_norm`` is in free units. ``status`` is a `Status` code,
+    ``nonfinite`` a `NonFinite` mask; the step was rejected where it is not zero.
+    """
+
+    value: jax.Array
+    grad_norm: jax.Array
+    error: jax.Array
+    accepted: jax.Array
+    status: jax.Array
+    nonfinite: jax.Array
+    counts: Counts
+    solve: SolveInfo
+    metrics: dict
+    params: Params
+    hparams: HParams
+    error_kind: str = static(default=NONE)
+
+
+# --- Protocols ---------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class LinearSolver(Protocol):
+    """Solves ``A x = b`` for a symmetric (unless it says otherwise) matrix given by its products."""
+
+    def init(self, params: Params) -> PyTree:
+        """State before the first solve: warm starts, columns kept between solves."""
+        ...
+
+    def solve(
+        self, matvec: Callable, b: Params, state: PyTree, key, *, rtol=None, atol=None
+    ) -> tuple[Params, PyTree, SolveInfo]:
+        """``matvec(v)`` is the product; ``matvec(v, j)`` with the curvature of fresh batch ``j``."""
+        ...
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """An approximate inverse for `bilevel.cg`, symmetric positive definite."""
+
+    def init(self, params: Params) -> PyTree:
+        """State before the first solve."""
+        ...
+
+    def update(self, matvec: Callable, state: PyTree, key) -> PyTree:
+        """Refreshed before each solve."""
+        ...
+
+    def apply(self, state: PyTree, v: Params) -> Params:
+        """The product of the approximate inverse with ``v``."""
+        ...
+
+
+@runtime_checkable
+class InnerSolver(Protocol):
+    """Moves a point until the inner gradient norm is at most ``atol``, or a cap is hit."""
+
+    def init(self, problem: Problem, point: Point, hparams: HParams) -> PyTree:
+        """State before the first solve."""
+        ...
+
+    def solve(
+        self, problem: Problem, state, point: Point, hparams, draw: Draw, key, *, atol=None
+    ) -> tuple[Point, PyTree, SolveInfo]:
+        """The point it reached, and what it measured there."""
+        ...
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """Estimates the hypergradient, Eq. (2).
+
+    ``trajectory`` says whether it moves the point itself (unrolled, forward) or takes it as the inner
+    solution (implicit).
+    """
+
+    @property
+    def trajectory(self) -> bool:
+        """Whether ``estimate`` advances the point."""
+        ...
+
+    def init(self, problem: Problem, point: Point, hparams: HParams) -> PyTree:
+        """State before the first estimate: the linear solver's, response parameters."""
+        ...
+
+    def estimate(
+        self, problem: Problem, state, point: Point, hparams, draw: Draw, valid: Batch, key
+    ) -> tuple[Estimate, PyTree]:
+        """The estimate at hparams (natural units), and the state for the next one."""
+        ...
+
+
+@runtime_checkable
+class Method(Protocol):
+    """One outer step as a pure, traceable function."""
+
+    def init(self, problem: Problem, params, hparams, train, valid, *, key, model_state=None) -> PyTree:
+        """The first state; it has the properties ``params`` and ``hparams`` (natural units)."""
+        ...
+
+    def step(self, problem: Problem, state, train, valid) -> tuple[PyTree, Info]:
+        """One outer step. It rejects itself, and keeps the state, where a result is not finite."""
+        ...
+
+
+def tree_is_finite(tree: PyTree) -> jax.Array:
+    """Whether all floating leaves are finite; a scalar bool."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else jnp.array(True)

@@ -1,0 +1,167 @@
+"""What a run returns: the last good state, the best pair, the history, and how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from bilevel import checkpoint
+from bilevel.problem import HParams, Params, PyTree, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The pair with the lowest outer value, both as they were when it was measured."""
+
+    params: Params
+    hparams: HParams
+    value: float
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """Hyperparameters over time, natural units.
+
+    ``steps``: outer steps, shape (rows,); the last row is the end of the run. ``hparams``: a tree like
+    hparams; a leaf has shape (rows, *leaf shape) where it is small, else (rows, 5): the quantiles
+    0, 1/4, 1/2, 3/4 and 1 of its entries (of an evenly spaced sample where they are very many).
+    ``quantiles``: for each leaf, whether that is so.
+    """
+
+    steps: np.ndarray
+    hparams: PyTree
+    quantiles: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Result:
+    """The outcome of `bilevel.optimize`.
+
+    Args:
+      params: at the last good step; so are ``hparams`` (natural units) and ``model_state``.
+      hparams: hyperparameters.
+      best: the pair with the lowest outer value.
+      history: numpy arrays by column name, one row per attempted outer step.
+      trajectory: hyperparameters over time.
+      status: how the run ended.
+      message: why, in a sentence, with advice where it is needed.
+      seconds: of the whole call, compilation included.
+      model_state: mutable model state.
+      state: the method's state, to go on from with its ``step``; not saved.
+    """
+
+    params: Params
+    hparams: HParams
+    best: Best
+    history: dict[str, np.ndarray]
+    trajectory: Trajectory
+    status: Status
+    message: str
+    seconds: float
+    model_state: PyTree = None
+    state: Any = None
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """Examples touched over the whole run, per kind of oracle."""
+        return {name: float(self.history[name].sum()) for name in COUNT_COLUMNS}
+
+    def __repr__(self) -> str:
+        value = self.history["value"]
+        last = f"{value[-1]:.6g}" if len(value) else "none"
+        lines = [
+            f"Result({self.status.name} after {len(value)} outer steps in {self.seconds:.1f} s",
+            f"  value: last {last}, best {self.best.value:.6g} at step {self.best.step}",
+            f"  hparams: {_summary(self.hparams)}",
+            f"  {self.message}",
+        ]
+        return "\n".join(lines) + ")"
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything but ``state`` into one file; read it with `bilevel.load`."""
+        trees = {
+            "params": self.params,
+            "hparams": self.hparams,
+            "best_params": self.best.params,
+            "best_hparams": self.best.hparams,
+            "history": self.history,
+            "trajectory_steps": self.trajectory.steps,
+            "trajectory": self.trajectory.hparams,
+            "model_state": self.model_state,
+        }
+        meta = {
+            "kind": "result",
+            "status": self.status.name,
+            "message": self.message,
+            "seconds": self.seconds,
+            "best_value": self.best.value,
+            "best_step": self.best.step,
+            "quantiles": list(self.trajectory.quantiles),
+        }
+        checkpoint.write(path, trees, meta)
+
+    def plot(self):
+        """Outer value, gradient norm and hyperparameters over the outer steps; a matplotlib Figure.
+
+        Raises:
+          ImportError: matplotlib is missing (``pip install 'bilevel[plots]'``).
+        """
+        from bilevel.plots import plot_result
+
+        return plot_result(self)
+
+
+def load(path: str | os.PathLike, like=None) -> Result:
+    """Read a result that `Result.save` wrote; its arrays are numpy arrays.
+
+    Args:
+      path: of the file.
+      like: a `Result`, or a pair ``(params, hparams)``, of the same structure, where params or hparams
+        hold containers other than dicts, lists, tuples and None.
+
+    Raises:
+      ValueError: no such file, not a result, damaged, or of another structure.
+    """
+    if like is not None:
+        params, hparams = (like.params, like.hparams) if isinstance(like, Result) else like
+        like = {
+            "params": params,
+            "best_params": params,
+            "hparams": hparams,
+            "best_hparams": hparams,
+            "trajectory": hparams,
+        }
+    trees, meta = checkpoint.read(path, like)
+    if meta.get("kind") != "result":
+        raise ValueError(f"path: {path} holds a {meta.get('kind')}, not a result.")
+    return Result(
+        params=trees["params"],
+        hparams=trees["hparams"],
+        best=Best(trees["best_params"], trees["best_hparams"], meta["best_value"], meta["best_step"]),
+        history=trees["history"],
+        trajectory=Trajectory(trees["trajectory_steps"], trees["trajectory"], tuple(meta["quantiles"])),
+        status=Status[meta["status"]],
+        message=meta["message"],
+        seconds=meta["seconds"],
+        model_state=trees["model_state"],
+    )
+
+
+COUNT_COLUMNS = ("inner_grad", "outer_grad", "hvp", "cross")
+
+
+def _summary(hparams) -> str:
+    parts = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(hparams)[0]:
+        array = np.asarray(leaf)
+        name = jax.tree_util.keystr(path) or "value"
+        if array.ndim == 0:
+            parts.append(f"{name} = {array:.4g}")
+        else:
+            parts.append(f"{name}{list(array.shape)} from {array.min():.4g} to {array.max():.4g}")
+    return ", ".join(parts[:6]) + (", ..." if len(parts) > 6 else "")
