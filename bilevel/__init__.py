@@ -8,7 +8,7 @@ from bilevel.estimators.unrolled import one_step, unrolled
 from bilevel.hypergradient import hypergradient
 from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd
 from bilevel.methods.alternating import alternating
-from bilevel.optimize import STOP, optimize
+from bilevel.optimize import optimize
 from bilevel.problem import (
     Counts,
     Estimate,
@@ -23,6 +23,7 @@ from bilevel.problem import (
     lift,
 )
 from bilevel.result import Best, Result, Trajectory, load
+from bilevel.run import STOP
 
 __version__ = "0.1.0"
 

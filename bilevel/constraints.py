@@ -254,7 +254,7 @@ class BoundConstraints:
     def grad_norm(self, free, free_grad):
         """Euclidean norm over all leaves of what a small step can follow; a scalar."""
         reduced = self._map("reduced_gradient", free, free_grad)
-        return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(reduced)))
+        return jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(reduced)))
 
     def check(self, hparams) -> None:
         """Raise ValueError where a concrete start value is outside its constraint."""

@@ -278,6 +278,18 @@ def as_arrays(data, name: str) -> PyTree:
     return jax.tree_util.tree_map_with_path(convert, data)
 
 
+def abstract_batch(source: Source, whole: bool = False) -> Batch:
+    """The shapes of a batch (or of the whole), without computing one."""
+    if isinstance(source, Whole):
+        return source.arrays
+
+    def batch():
+        key = jax.random.key(0)
+        return source.whole(key) if whole else source.batch(key, 0)
+
+    return jax.eval_shape(batch)
+
+
 def _leading_axis(arrays, name: str) -> int:
     shapes = [np.shape(x) for x in jax.tree.leaves(arrays)]
     if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:

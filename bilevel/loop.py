@@ -18,11 +18,11 @@ import numpy as np
 from bilevel.feed import Fed
 from bilevel.problem import CERTIFIED, Method, Problem, PyTree, Status, outer_value, register
 
-# Leaves of hparams up to this size are recorded entry by entry, larger ones by quantiles ...
+# Leaves of hparams up to this size are reported entry by entry, larger ones by quantiles ...
 _ENTRIES = 32
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # ... of at most this many of their entries, evenly spaced.
-_SAMPLE = 4096
+_SAMPLE = 1024
 
 COLUMNS = (
     "value", "grad_norm", "error", "accepted", "nonfinite", "solver_steps", "solver_residual",
@@ -44,19 +44,28 @@ class Plan:
     metrics: tuple[str, ...]
 
     @property
+    def judged_columns(self) -> tuple[str, ...]:
+        """Columns that are measured every ``judge_every`` steps only."""
+        names = ("judged",) if self.judges else ()
+        return names + (("test", *(f"test_{m}" for m in self.metrics)) if self.tests else ())
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Names of the history's columns, in the order of a row."""
-        names = COLUMNS + self.metrics
-        names += ("judged",) if self.judges else ()
-        return names + (("test", *(f"test_{m}" for m in self.metrics)) if self.tests else ())
+        return COLUMNS + self.metrics + self.judged_columns
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class Carry:
-    """What a chunk takes and returns: the run so far, and this chunk's rows."""
+    """What a chunk takes and returns: the run so far, and this chunk's rows.
+
+    ``hparams`` are the state's in natural units, so that the host need not compute them.
+    """
 
     state: Any
+    key: jax.Array
+    hparams: PyTree
     best: PyTree  # (params, hparams, value, step), or None
     rows: jax.Array
     trail: jax.Array
@@ -73,20 +82,35 @@ def compiled(plan: Plan):
 @functools.lru_cache(maxsize=64)
 def compiled_start(plan: Plan):
     """The jitted ``start`` of a plan."""
-    return jax.jit(functools.partial(_start, plan))
+    # It runs once: not worth optimising.
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(functools.partial(_start, plan), compiler_options=options)
+
+
+@functools.lru_cache(maxsize=64)
+def compiled_test(plan: Plan):
+    """The jitted outer loss and metrics of a plan on all rows of a source."""
+
+    def measure(params, hparams, key, source):
+        return outer_value(plan.problem, params, hparams, source.whole(key), None)
+
+    return jax.jit(measure)
 
 
 def _start(plan: Plan, params, hparams, key, train, valid):
     """The first carry, and both losses at the start."""
     problem = plan.problem
+    key = jax.random.key(0) if key is None else jnp.array(key, copy=True)
     state = plan.method.init(problem, params, hparams, train, valid, key=key)
     inner = problem.inner(params, hparams, train.batch(key, 0))
     outer, _ = outer_value(problem, params, hparams, valid.batch(key, 0), None)
     best = None
     if plan.keep_best:
-        best = (_copy(params), _copy(state.hparams), jnp.full_like(outer, jnp.inf), jnp.int32(0))
+        best = (_copy(params), _copy(hparams), jnp.full_like(outer, jnp.inf), jnp.int32(0))
     carry = Carry(
         state=state,
+        key=key,
+        hparams=_copy(hparams),
         best=best,
         rows=jnp.zeros((plan.capacity, len(plan.columns)), outer.dtype),
         trail=jnp.zeros((plan.capacity, trail_width(hparams)), outer.dtype),
@@ -100,7 +124,7 @@ def _copy(tree):
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
-def _chunk(plan: Plan, carry: Carry, stop, tol, key, train, valid, test) -> Carry:
+def _chunk(plan: Plan, carry: Carry, stop, tol, train, valid, test) -> Carry:
     first = carry.step
 
     def going(carry):
@@ -111,7 +135,7 @@ def _chunk(plan: Plan, carry: Carry, stop, tol, key, train, valid, test) -> Carr
         sources = [s.at(row) if isinstance(s, Fed) else s for s in (train, valid)]
         state, info = plan.method.step(plan.problem, carry.state, *sources)
         due = t % plan.judge_every == 0
-        values, value = _row(plan, info, due, key, valid, test)
+        values, value = _row(plan, info, due, carry.key, valid, test)
         best = carry.best
         if best is not None:
             better = info.accepted & (value < best[2])
@@ -119,15 +143,11 @@ def _chunk(plan: Plan, carry: Carry, stop, tol, key, train, valid, test) -> Carr
             best = jax.lax.cond(better, lambda: new, lambda: best)
         gap = info.grad_norm + (info.error if info.error_kind == CERTIFIED else 0)
         done = info.accepted & due & (gap <= tol) & (info.status == Status.RUNNING)
-        # Quantiles are sorted for, so that they are recorded at judged steps only.
-        record = due | jnp.bool_(not any(quantile_leaves(info.hparams)))
-        trail = jax.lax.cond(
-            record,
-            lambda: _trail(info.hparams, carry.trail.dtype),
-            lambda: jnp.zeros_like(carry.trail[0]),
-        )
+        trail = _trail(info.hparams, carry.trail.dtype)
         return Carry(
             state=state,
+            key=carry.key,
+            hparams=carry.hparams,
             best=best,
             rows=jax.lax.dynamic_update_index_in_dim(carry.rows, values.astype(carry.rows.dtype), row, 0),
             trail=jax.lax.dynamic_update_index_in_dim(carry.trail, trail, row, 0),
@@ -135,7 +155,8 @@ def _chunk(plan: Plan, carry: Carry, stop, tol, key, train, valid, test) -> Carr
             status=jnp.where(done, Status.CONVERGED, info.status).astype(jnp.int32),
         )
 
-    return jax.lax.while_loop(going, body, carry)
+    end = jax.lax.while_loop(going, body, carry)
+    return dataclasses.replace(end, hparams=end.state.hparams)
 
 
 def _row(plan: Plan, info, due, key, valid, test):
@@ -161,48 +182,56 @@ def _row(plan: Plan, info, due, key, valid, test):
         columns.append(value)
     if plan.tests:
         columns.extend(outer_on(test.whole(key)))
-    return jnp.stack([jnp.asarray(c).astype(nothing.dtype) for c in columns]), value
+    return _pack(columns, nothing.dtype), value
 
 
-def quantile_leaves(hparams) -> tuple[bool, ...]:
-    """For each leaf, whether it is recorded by quantiles."""
-    return tuple(x.size > _ENTRIES for x in jax.tree.leaves(hparams))
+def _pack(columns, dtype) -> jax.Array:
+    """A vector of scalars; as one elementwise kernel, which compiles much faster than a concatenation."""
+    row = jnp.zeros(len(columns), dtype)
+    for i, column in enumerate(columns):
+        row = jnp.where(np.arange(len(columns)) == i, jnp.asarray(column).astype(dtype), row)
+    return row
+
+
+# --- The trajectory: recorded here as samples of every leaf, reduced to quantiles by the host ------
+
+
+def _recorded(size: int) -> int:
+    return len(range(0, size, -(-size // _SAMPLE)))
 
 
 def trail_width(hparams) -> int:
-    """Numbers recorded per outer step of the trajectory."""
-    sizes = [x.size if x.size <= _ENTRIES else len(_QUANTILES) for x in jax.tree.leaves(hparams)]
-    return sum(sizes)
+    """Numbers recorded per outer step."""
+    return sum(_recorded(x.size) for x in jax.tree.leaves(hparams))
 
 
 def _trail(hparams, dtype) -> jax.Array:
-    parts = []
-    for leaf in jax.tree.leaves(hparams):
-        flat = leaf.ravel()
-        if flat.size > _ENTRIES:
-            flat = jnp.quantile(flat[:: -(-flat.size // _SAMPLE)], jnp.array(_QUANTILES, leaf.dtype))
-        parts.append(flat.astype(dtype))
-    return jnp.concatenate(parts)
+    return jnp.concatenate([_sample(leaf).astype(dtype) for leaf in jax.tree.leaves(hparams)])
 
 
-def unpack_trail(trail, hparams) -> PyTree:
-    """Rows of the trajectory as a tree like hparams."""
-    leaves, treedef = jax.tree.flatten(hparams)
+def _sample(leaf):
+    return leaf.reshape(-1)[:: -(-leaf.size // _SAMPLE)]
+
+
+def last_trail(hparams, dtype) -> np.ndarray:
+    """What would be recorded of given hparams, by numpy."""
+    leaves = [_sample(np.asarray(leaf)).astype(dtype) for leaf in jax.tree.leaves(hparams)]
+    return np.concatenate(leaves)[None]
+
+
+def quantile_leaves(hparams) -> tuple[bool, ...]:
+    """For each leaf, whether it is reported by quantiles."""
+    return tuple(x.size > _ENTRIES for x in jax.tree.leaves(hparams))
+
+
+def unpack_trail(trail: np.ndarray, hparams) -> list[np.ndarray]:
+    """For each leaf of hparams, recorded rows as entries or quantiles, shape (rows, ...)."""
     out, at = [], 0
-    for leaf in leaves:
-        shape = leaf.shape if leaf.size <= _ENTRIES else (len(_QUANTILES),)
-        width = trail_width([leaf])
-        out.append(trail[:, at : at + width].reshape(len(trail), *shape))
-        at += width
-    return jax.tree.unflatten(treedef, out)
-
-
-def last_trail(hparams, dtype):
-    """The row of the trajectory for given hparams, computed by numpy."""
-    parts = []
-    for leaf in jax.tree.leaves(hparams):
-        flat = np.asarray(leaf).ravel()
-        if flat.size > _ENTRIES:
-            flat = np.quantile(flat[:: -(-flat.size // _SAMPLE)], _QUANTILES)
-        parts.append(flat.astype(dtype))
-    return np.concatenate(parts)
+    for leaf, by_quantiles in zip(jax.tree.leaves(hparams), quantile_leaves(hparams), strict=True):
+        rows = trail[:, at : at + _recorded(leaf.size)]
+        at += rows.shape[1]
+        if by_quantiles:
+            out.append(np.quantile(rows, _QUANTILES, axis=1).T.astype(trail.dtype))
+        else:
+            out.append(rows.reshape(len(rows), *leaf.shape))
+    return out

@@ -38,7 +38,7 @@ def plot_value(ax, result) -> None:
     """Outer value (and what was judged or tested) over the outer steps, the best one marked."""
     history = result.history
     ok = history["accepted"]
-    ax.plot(history["step"][ok], history["value"][ok], label="outer value", lw=1)
+    ax.plot(history["step"][ok], history["value"][ok], label="validation", lw=1)
     for name in ("judged", "test"):
         if name in history:
             seen = np.isfinite(history[name])

@@ -51,6 +51,7 @@ class Result:
       status: how the run ended.
       message: why, in a sentence, with advice where it is needed.
       seconds: of the whole call, compilation included.
+      test: outer and its metrics on the test split, for the "last" and the "best" pair; None without one.
       model_state: mutable model state.
       state: the method's state, to go on from with its ``step``; not saved.
     """
@@ -63,6 +64,7 @@ class Result:
     status: Status
     message: str
     seconds: float
+    test: dict[str, dict[str, float]] | None = None
     model_state: PyTree = None
     state: Any = None
 
@@ -77,6 +79,11 @@ class Result:
         lines = [
             f"Result({self.status.name} after {len(value)} outer steps in {self.seconds:.1f} s",
             f"  value: last {last}, best {self.best.value:.6g} at step {self.best.step}",
+            *(
+                [f"  test: last {self.test['last']['value']:.6g}, best {self.test['best']['value']:.6g}"]
+                if self.test
+                else []
+            ),
             f"  hparams: {_summary(self.hparams)}",
             f"  {self.message}",
         ]
@@ -102,6 +109,7 @@ class Result:
             "best_value": self.best.value,
             "best_step": self.best.step,
             "quantiles": list(self.trajectory.quantiles),
+            "test": self.test,
         }
         checkpoint.write(path, trees, meta)
 
@@ -148,6 +156,7 @@ def load(path: str | os.PathLike, like=None) -> Result:
         status=Status[meta["status"]],
         message=meta["message"],
         seconds=meta["seconds"],
+        test=meta["test"],
         model_state=trees["model_state"],
     )
 

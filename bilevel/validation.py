@@ -168,18 +168,18 @@ def describe(tree: PyTree) -> str:
     return text if len(text) < 400 else text[:400] + "..."
 
 
-def losses(problem: Problem, params, hparams, train_batch, valid_batch) -> None:
-    """Both losses are floating scalars of the arguments given, by shapes alone.
+def losses(problem: Problem, params, hparams, train_batch, valid_batch) -> tuple[str, ...]:
+    """Both losses are floating scalars of the arguments given, by shapes alone; names of the metrics.
 
     Raises:
       TypeError: wrong signature, or not a real floating scalar; ValueError: a loss that fails on the
         shapes given, or params that the inner loss does not depend on.
     """
     _scalar_loss("inner", problem.inner, (params, hparams, train_batch), metrics=False)
-    _scalar_loss("outer", problem.outer, (params, hparams, valid_batch), metrics=True)
+    return _scalar_loss("outer", problem.outer, (params, hparams, valid_batch), metrics=True)
 
 
-def _scalar_loss(name: str, fn, args, metrics: bool) -> None:
+def _scalar_loss(name: str, fn, args, metrics: bool) -> tuple[str, ...]:
     try:
         inspect.signature(fn).bind(*args)
     except TypeError as error:
@@ -197,19 +197,21 @@ def _scalar_loss(name: str, fn, args, metrics: bool) -> None:
             f"{name}{_SIGNATURE} failed on what it was given ({type(error).__name__}: {error}). "
             f"Do params fit the loss? {shapes}."
         ) from error
+    names: tuple[str, ...] = ()
     if isinstance(out, tuple):
         if not metrics:
             raise TypeError(
                 f"{name} must return one scalar, got a tuple of {len(out)}; metrics belong to outer, "
                 "model state to has_state=True."
             )
-        out = _check_metrics(name, out)
+        out, names = _check_metrics(name, out)
     if not hasattr(out, "shape"):
         raise TypeError(f"{name} must return a scalar, got {out!r}.")
     if out.shape != ():
         raise ValueError(f"{name} must return a scalar, got shape {out.shape}; take the mean or the sum.")
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"{name} must return a real floating scalar, got dtype {out.dtype}.")
+    return names
 
 
 def _check_metrics(name: str, out: tuple):
@@ -218,7 +220,7 @@ def _check_metrics(name: str, out: tuple):
     for key, metric in out[1].items():
         if not isinstance(key, str) or getattr(metric, "shape", None) != ():
             raise ValueError(f"{name}: metric {key!r} must be a scalar under a name, got {metric!r}.")
-    return out[0]
+    return out[0], tuple(sorted(out[1]))
 
 
 def finite_losses(inner, outer) -> None:
@@ -238,16 +240,18 @@ def tuned_leaves(problem: Problem, hparams) -> tuple[bool, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _check_shapes(problem: Problem, tuned: tuple[bool, ...], treedef, leaves) -> None:
+def _check_shapes(problem: Problem, tuned: tuple[bool, ...], treedef, leaves) -> tuple[str, ...]:
     args = jax.tree.unflatten(treedef, leaves)
-    losses(problem, *args)
+    metrics = losses(problem, *args)
     _influence(problem, tuned, *args)
+    return metrics
 
 
-def problem_on_data(problem: Problem, tuned, params, hparams, train_batch, valid_batch) -> None:
+def problem_on_data(problem: Problem, tuned, params, hparams, train_batch, valid_batch) -> tuple[str, ...]:
     """Both losses fit the arguments, and every tuned hyperparameter influences one of them.
 
-    Read from shapes and jaxprs, once for the same problem and shapes. Raises as `losses`, and
+    Read from shapes and jaxprs, once for the same problem and shapes. Returns the names of the outer loss's
+    metrics. Raises as `losses`, and
     ValueError that names the leaves of hparams that influence neither loss.
 
     Args:
@@ -260,7 +264,7 @@ def problem_on_data(problem: Problem, tuned, params, hparams, train_batch, valid
     """
     args = (params, hparams, train_batch, valid_batch)
     leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, args))
-    _check_shapes(problem, tuple(tuned), treedef, tuple(leaves))
+    return _check_shapes(problem, tuple(tuned), treedef, tuple(leaves))
 
 
 def _abstract(x):

@@ -66,13 +66,11 @@ class Implicit:
             fresh = jnp.arange(draw.steps, draw.steps + self.batches)
             return jnp.mean(jax.vmap(lambda j: inner_on(draw(j))(params, hparams))(fresh))
 
-        _, hvp = jax.linearize(lambda p: jax.grad(inner)(p, hparams), params)
-
         def matvec(v, j=None):
-            if j is None or not draw.sampled:
-                return hvp(v)
-            fresh = inner_on(draw(draw.steps + self.batches + j))
-            return jax.jvp(lambda p: jax.grad(fresh)(p, hparams), (params,), (v,))[1]
+            at = inner
+            if j is not None and draw.sampled:
+                at = inner_on(draw(draw.steps + self.batches + j))
+            return jax.jvp(lambda p: jax.grad(at)(p, hparams), (params,), (v,))[1]
 
         v, state, solve = self.solver.solve(matvec, b, state, key)
 

@@ -22,7 +22,7 @@ import optax
 from bilevel import data, validation
 from bilevel.constraints import BoundConstraints, bind
 from bilevel.inner_solvers import descend, start_point
-from bilevel.linear_solvers import where
+from bilevel.linear_solvers import norm, where
 from bilevel.problem import (
     Estimator,
     HParams,
@@ -191,25 +191,23 @@ class Alternating:
 
         nonfinite = (
             NonFinite.VALUE * ~jnp.isfinite(estimate.value)
-            + NonFinite.GRAD * ~tree_is_finite(estimate.grad)
+            + NonFinite.GRAD * ~jnp.isfinite(norm(grad))
             + NonFinite.PARAMS * ~tree_is_finite(point.params)
             + NonFinite.STATE * ~tree_is_finite((point.opt_state, free, outer, estimator_state))
         ).astype(jnp.int32)
         accepted = nonfinite == 0
-        kept = where(
-            accepted,
-            (point, free, estimator_state, outer),
-            (state.point, state.free, state.estimator, state.outer),
-        )
+        new = (point, free, estimator_state, outer)
+        old = (state.point, state.free, state.estimator, state.outer)
+        point, free, estimator_state, outer = jax.lax.cond(accepted, lambda: new, lambda: old)
         rejected = jnp.where(accepted, 0, state.rejected + 1)
         random = train.sampled or valid.sampled or train.restarts
         allowed = _REJECTIONS if random else 1
         new_state = dataclasses.replace(
             state,
-            point=kept[0],
-            free=kept[1],
-            estimator=kept[2],
-            outer=kept[3],
+            point=point,
+            free=free,
+            estimator=estimator_state,
+            outer=outer,
             count=state.count + 1,
             position=state.position + jnp.where(moves, steps, 0),
             rejected=rejected,
