@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 
 from bilevel import data, validation
+from bilevel.constraints import bind
 from bilevel.estimators.implicit import implicit
 from bilevel.inner_solvers import start_point
 from bilevel.problem import Estimate, Estimator, Point, Problem
@@ -35,6 +36,8 @@ def hypergradient(problem: Problem, estimator: Estimator | None = None) -> Calla
     def estimate(params, hparams, train_batch, valid_batch, key=None) -> Estimate:
         params = validation.floating(params, "params")
         hparams = validation.floating(hparams, "hparams")
+        validation.finite(hparams, "hparams")
+        bind(problem.constraints, hparams).check(hparams)
         train = data.as_source(train_batch, "train_batch")
         valid = data.as_source(valid_batch, "valid_batch")
         key = jax.random.key(0) if key is None else validation.random_key("key", key)

@@ -171,7 +171,7 @@ def _row(plan: Plan, info, due, key, valid, test):
 
     def outer_on(batch):
         def measure():
-            out, metrics = outer_value(plan.problem, info.params, info.hparams, batch, None)
+            out, metrics = outer_value(plan.problem, info.params, info.hparams, batch, info.model_state)
             return jnp.stack([out, *(metrics[name].astype(out.dtype) for name in plan.metrics)])
 
         width = 1 + len(plan.metrics)

@@ -346,8 +346,8 @@ class NonFinite(enum.IntFlag):
 class Info:
     """What a person wants to know of one outer step; the state is what the next step needs.
 
-    ``value`` is outer at the pair (``params``, ``hparams``), which is neither always the pair before
-    the step nor the one after it. ``grad_norm`` is in free units. ``status`` is a `Status` code,
+    ``value`` is outer at the pair (``params``, ``hparams``), with ``model_state``, which is neither always the
+    pair before the step nor the one after it. ``grad_norm`` is in free units. ``status`` is a `Status` code,
     ``nonfinite`` a `NonFinite` mask; the step was rejected where it is not zero.
     """
 
@@ -362,6 +362,7 @@ class Info:
     metrics: dict
     params: Params
     hparams: HParams
+    model_state: PyTree = None
     error_kind: str = static(default=NONE)
 
 

@@ -70,9 +70,9 @@ def finite(tree: PyTree, name: str) -> None:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, jax.core.Tracer) or not leaf.is_fully_addressable:
             continue
-        bad = ~np.isfinite(np.asarray(leaf, np.float64))
-        if bad.any():
-            which = np.asarray(leaf).ravel()[bad.ravel()][0]
+        array = np.asarray(leaf)
+        if not np.isfinite(array).all():
+            which = array[~np.isfinite(array)].ravel()[0]
             raise ValueError(f"{name}{name_of(path)} must be finite, got {which}.")
 
 

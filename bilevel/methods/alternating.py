@@ -224,6 +224,7 @@ class Alternating:
             metrics=estimate.metrics,
             params=estimate.params,
             hparams=hparams,
+            model_state=estimate.point.model_state,
             error_kind=estimate.error_kind,
         )
         return new_state, info
