@@ -281,7 +281,7 @@ def main(output: str | os.PathLike, seed: int, progress: bool, console: Console)
     report = run(seed, progress=progress)
     console.print(table(report))
     draw(report).savefig(output, dpi=110)
-    console.print(f"Run ended: {report.result.message}", highlight=False)
+    console.print(f"{report.result.message}", highlight=False)
     console.print(f"Picture: {os.fspath(output)}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from bilevel.problem import NonFinite, Status
 def why_ended(status: Status, history) -> str:
     """Why a method ended a run by itself, and the argument to change."""
     if status != Status.DIVERGED:
-        return "the method can make no more progress"
+        return "The method can make no more progress."
     last = NonFinite(int(history["nonfinite"][-1]))
     step = int(history["step"][-1])
     if last & NonFinite.PARAMS:
@@ -21,43 +21,52 @@ def why_ended(status: Status, history) -> str:
         fix = "look for a nan in the data, or an overflow in the loss"
     elif last & NonFinite.GRAD:
         what = "the hypergradient is not finite"
-        fix = "look for a derivative that is (sqrt or norm at zero; Adam with eps_root=0 when unrolled)"
+        fix = "look for a derivative that is (sqrt or norm at zero; Adam with eps_root=0 when unrolled) or a Neumann step size above 2 / lambda_max"
     else:
         what = "the outer update or an optimiser state became non-finite"
         fix = "lower the outer learning rate, or clip its gradient"
-    return f"outer step {step}: {what}; {fix}. The last good state is kept"
+    return f"Outer step {step}: {what}; {fix}. The last good state is kept."
 
 
-def advice(history, status: Status) -> str:
-    """What a person should know of the linear solves and gradients of a run; empty where all is well."""
+def final(status: Status, history) -> tuple[Status, list[str], list[str]]:
+    """The status a run ends with, sentences of advice, and those of them that deserve a warning."""
     accepted = history["accepted"]
-    attempted = len(accepted)
-    if not attempted:
-        return ""
-    negative = int(history["negative_curvature"].sum())
-    error = history["error"]
-    solved = np.isfinite(error) & (history["solver_steps"] > 0) & accepted
-    parts = []
-    if negative:
-        parts.append(
-            f"the inner Hessian was not positive definite in {negative} of {attempted} outer steps, where "
-            "the hypergradient means little: take more inner steps, cg(damping=...) or a trajectory "
-            "estimator (bilevel.unrolled)"
-        )
-    elif solved.sum() and np.median(error[solved]) > 0.3:
-        parts.append(
-            f"the linear solve left a relative residual of {np.median(error[solved]):.2g} (median): give "
-            "the solver more steps"
-        )
-    if accepted.any() and np.all(history["grad_norm"][accepted] == 0) and status != Status.CONVERGED:
-        parts.append(
-            "the hypergradient was exactly zero throughout: does the validation loss of the trained "
+    warned = [sentence for sentence in (_indefinite(history),) if sentence]
+    if not warned and accepted.any() and np.all(history["grad_norm"][accepted] == 0):
+        warned.append(
+            "The hypergradient was exactly zero throughout: does the validation loss of the trained "
             "parameters depend on hparams at all?"
         )
-    return "; ".join(parts)
+    still = accepted.any() and np.all(history["grad_norm"][accepted] == 0)
+    if still and status == Status.BUDGET:
+        status = Status.STALLED
+    noted = [sentence for sentence in (_residual(history), _overfitting(history)) if sentence]
+    return status, warned + noted, warned
 
 
-def overfitting(history) -> str:
+def _indefinite(history) -> str:
+    negative = int(history["negative_curvature"].sum())
+    if not negative:
+        return ""
+    return (
+        f"The inner Hessian was not positive definite in {negative} of {len(history['step'])} outer steps, "
+        "where the hypergradient means little: take more inner steps, cg(damping=...) or a trajectory "
+        "estimator (bilevel.unrolled)."
+    )
+
+
+def _residual(history) -> str:
+    error = history["error"]
+    solved = np.isfinite(error) & (history["solver_steps"] > 0) & history["accepted"]
+    if not solved.any() or history["negative_curvature"].any() or np.median(error[solved]) <= 0.3:
+        return ""
+    return (
+        f"The linear solve left a relative residual of {np.median(error[solved]):.2g} (median), so that the "
+        "hypergradient is a rough one: more solver steps make it sharper."
+    )
+
+
+def _overfitting(history) -> str:
     """A sentence where the test value has risen well above its minimum; empty otherwise."""
     if "test" not in history:
         return ""
@@ -70,7 +79,7 @@ def overfitting(history) -> str:
     if risen <= 0.1 * abs(test[lowest]) or lowest == len(seen) - 1:
         return ""
     return (
-        f"the test value was lowest, {test[lowest]:.4g}, at step {seen[lowest]} and is {test[-1]:.4g} "
+        f"The test value was lowest, {test[lowest]:.4g}, at step {seen[lowest]} and is {test[-1]:.4g} "
         "now, while outer went on falling: the hyperparameters overfit the validation data; take fewer "
-        "steps, more validation data or fewer hyperparameters"
+        "steps, more validation data or fewer hyperparameters."
     )

@@ -53,14 +53,14 @@ class Run:
                     self._advance()
                     report(self.done, self._row())
                     if interrupt.seen and self.ended is None:
-                        self.ended = Status.INTERRUPTED, "interrupted by the user"
+                        self.ended = Status.INTERRUPTED, "Interrupted by the user."
         except KeyboardInterrupt:
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.carry)):
                 raise  # the second Ctrl-C, in the middle of a chunk
-            self.ended = Status.INTERRUPTED, "interrupted by the user"
+            self.ended = Status.INTERRUPTED, "Interrupted by the user."
         except Exception as error:
             # From a callback or a data iterable: the user's own, passed on with what was computed.
-            self.ended = Status.INTERRUPTED, f"{type(error).__name__} in a callback or an iterable"
+            self.ended = Status.INTERRUPTED, f"{type(error).__name__} in a callback or an iterable."
             error.partial_result = self.result()  # type: ignore[attr-defined]
             error.add_note("bilevel: what was computed so far is in this exception's partial_result.")
             raise
@@ -92,13 +92,13 @@ class Run:
         self._adapt(taken, after - before, first)
         status = Status(int(carry.status))
         if status == Status.CONVERGED:
-            self.ended = status, f"the gradient norm is at most tol = {self.tol:g}"
+            self.ended = status, f"The gradient norm is at most tol = {self.tol:g}."
         elif status != Status.RUNNING:
             self.ended = status, diagnosis.why_ended(status, self.history())
         if self.callbacks and self._callback_due():
             self._call_back()
         if self.ended is None and self.done >= self.steps:
-            self.ended = Status.BUDGET, f"all {self.steps} outer steps are done"
+            self.ended = Status.BUDGET, f"All {self.steps} outer steps are done."
 
     def _record_trail(self, trail: np.ndarray) -> None:
         steps = np.arange(self.done, self.done + len(trail))
@@ -128,7 +128,7 @@ class Run:
             if isinstance(source, Feed):
                 chunk, length = source.chunk(length, self.plan.capacity)
                 if length == 0:
-                    self.ended = Status.DATA_EXHAUSTED, str(source.why_ended)
+                    self.ended = Status.DATA_EXHAUSTED, f"{source.why_ended}."
                     return (), 0
                 fed.append(chunk)
             else:
@@ -146,7 +146,7 @@ class Run:
         self.told = (len(self.rows), self.done)
         replies = [callback(self.done, rows) for callback in self.callbacks]
         if any(reply is STOP for reply in replies):
-            self.ended = self.ended or (Status.INTERRUPTED, "a callback returned STOP")
+            self.ended = self.ended or (Status.INTERRUPTED, "A callback returned STOP.")
 
     # --- what is reported ---
 
@@ -177,11 +177,10 @@ class Run:
         state, history = self.carry.state, self.history()
         params, hparams = state.params, self.carry.hparams
         best = self._best(params, hparams, history)
-        status, message = self.ended or (Status.INTERRUPTED, "interrupted by the user")
-        advice = diagnosis.advice(history, status)
-        if advice:
-            warnings.warn(advice, RuntimeWarning, stacklevel=4)
-        sentences = [message, advice, diagnosis.overfitting(history)]
+        status, message = self.ended or (Status.INTERRUPTED, "Interrupted by the user.")
+        status, advice, warned = diagnosis.final(status, history)
+        if warned:
+            warnings.warn(" ".join(warned), RuntimeWarning, stacklevel=4)
         return Result(
             params=params,
             hparams=hparams,
@@ -189,7 +188,7 @@ class Run:
             history=history,
             trajectory=self._trajectory(hparams),
             status=status,
-            message=". ".join(sentence for sentence in sentences if sentence) + ".",
+            message=" ".join([message, *advice]),
             seconds=time.perf_counter() - self.began,
             test=self._test(params, hparams, best),
             state=state,
