@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,9 @@ def write(path: str | os.PathLike, trees: dict[str, PyTree], meta: dict) -> None
         "dtypes": dtypes,
         "meta": meta,
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 archive.writestr("manifest.json", json.dumps(manifest))
                 for i, array in enumerate(arrays):
@@ -67,7 +67,7 @@ def write(path: str | os.PathLike, trees: dict[str, PyTree], meta: dict) -> None
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -88,21 +88,34 @@ def read(path: str | os.PathLike, like: dict[str, PyTree] | None = None) -> tupl
         with zipfile.ZipFile(path) as archive:
             manifest = json.loads(archive.read("manifest.json"))
             if manifest["format"] != _FORMAT or manifest["version"] > _VERSION:
-                raise KeyError("format")
+                raise ValueError("another format or a newer version")
+            layouts, meta = dict(manifest["trees"]), dict(manifest["meta"])
             leaves = []
             for i, dtype in enumerate(manifest["dtypes"]):
                 with archive.open(f"{i}.npy") as member:
                     array = np.lib.format.read_array(member, allow_pickle=False)
                 leaves.append(_from_numpy(array, dtype))
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, TypeError) as error:
+            _check(layouts, len(leaves))
+    except (zipfile.BadZipFile, KeyError, IndexError, ValueError, EOFError, TypeError) as error:
         raise ValueError(
             f"path: {path} is not a file that bilevel wrote, or it is damaged ({error})."
         ) from error
     like = like or {}
-    trees = {
-        name: _decode(layout, leaves, like.get(name), name) for name, layout in manifest["trees"].items()
-    }
-    return trees, manifest["meta"]
+    trees = {name: _decode(layout, leaves, like.get(name), name) for name, layout in layouts.items()}
+    return trees, meta
+
+
+def _check(layout, leaves: int) -> None:
+    """The layouts of a manifest refer to leaves that are there."""
+    if isinstance(layout, dict) and "is" in layout:
+        if layout["is"] not in ("dict", "list", "tuple", "other"):
+            raise ValueError(f"a container of kind {layout['is']!r}")
+        layout = layout["leaves"] if layout["is"] == "other" else layout["of"]
+    if isinstance(layout, (dict, list)):
+        for child in layout.values() if isinstance(layout, dict) else layout:
+            _check(child, leaves)
+    elif layout is not None and not (type(layout) is int and 0 <= layout < leaves):
+        raise ValueError("a leaf that is not there")
 
 
 def _to_numpy(leaf) -> tuple[np.ndarray, str]:
@@ -130,9 +143,9 @@ def _encode(tree: PyTree, put) -> Any:
         return {"is": type(tree).__name__, "of": [_encode(child, put) for child in tree]}
     if type(tree) is dict and all(isinstance(key, str) for key in tree):
         return {"is": "dict", "of": {key: _encode(child, put) for key, child in tree.items()}}
-    children, treedef = jax.tree.flatten(tree)
-    if jax.tree_util.treedef_is_leaf(treedef):
+    if jax.tree_util.all_leaves([tree]):
         return put(tree)
+    children = jax.tree.leaves(tree)
     return {"is": "other", "type": type(tree).__name__, "leaves": [put(leaf) for leaf in children]}
 
 

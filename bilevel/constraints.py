@@ -63,7 +63,9 @@ class Positive(Constraint):
 
     def to_natural(self, free):
         limits = jnp.finfo(free.dtype)
-        return jnp.clip(jnp.exp(free), limits.tiny, limits.max)
+        ends = np.log([float(limits.tiny), float(limits.max)]).astype(free.dtype)
+        lo, hi = np.nextafter(ends, np.zeros(2, free.dtype))
+        return jnp.exp(jnp.clip(free, lo, hi))
 
     def why_not(self, value):
         return None if np.all(value > 0) else "must be greater than 0"
@@ -186,6 +188,8 @@ def integer(lo: int, hi: int) -> Constraint:
 
 def _ends(name: str, lo, hi, infinite: bool = False) -> tuple[float, float]:
     try:
+        if isinstance(lo, str) or isinstance(hi, str):
+            raise TypeError
         ends = float(lo), float(hi)
     except (TypeError, ValueError):
         raise TypeError(f"{name} takes two numbers, got {lo!r} and {hi!r}.") from None

@@ -8,6 +8,7 @@ and a position into the function that methods hand to estimators.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,13 +25,25 @@ _ROUNDS = 8
 
 @runtime_checkable
 class Source(Protocol):
-    """What train and valid become. ``sampled``: batches beyond the step's own are fresh ones.
+    """What train and valid become."""
 
-    ``restarts``: positions count from zero in every outer step.
-    """
+    @property
+    def sampled(self) -> bool:
+        """Whether batches beyond the step's own are fresh ones."""
+        ...
 
-    sampled: bool
-    restarts: bool
+    @property
+    def restarts(self) -> bool:
+        """Whether positions count from zero in every outer step."""
+        ...
+
+    @property
+    def renewed(self) -> bool:
+        """Whether an outer step sees something else than the one before.
+
+        If so, a step that failed may well succeed when it is repeated.
+        """
+        ...
 
     def batch(self, key, t) -> Batch:
         """Batch ``t``; both may be traced."""
@@ -53,9 +66,10 @@ class Source(Protocol):
 @register
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """The same arrays at every step."""
+    """The same arrays at every step; ``renewed`` where an iterable is behind them."""
 
     arrays: PyTree
+    renewed: bool = static(default=False)
     sampled = False
     restarts = False
     num_batches = 1
@@ -82,6 +96,7 @@ class Minibatches:
     batch_size: int = static()
     sampled = True
     restarts = False
+    renewed = True
 
     @property
     def num_batches(self) -> int:
@@ -137,6 +152,7 @@ class WithRng:
     """See `with_rng`."""
 
     source: Any
+    renewed = True
 
     @property
     def sampled(self) -> bool:
@@ -214,9 +230,9 @@ def with_rng(source) -> WithRng:
     one hypergradient, so that a linear solve sees one matrix.
 
     Args:
-      source: arrays, `minibatches` or `stacked`.
+      source: arrays, `minibatches`, `stacked`, or an iterable for `optimize`.
     """
-    return WithRng(as_source(source, "with_rng(source)"))
+    return WithRng(source if is_iterable(source) else as_source(source, "with_rng(source)"))
 
 
 def episodes(iterable):
@@ -234,19 +250,19 @@ def as_source(data, name: str) -> Source:
     Raises:
       TypeError, ValueError: not arrays, empty, or an iterable (which only `optimize` takes).
     """
-    if isinstance(data, Source):
-        return data
-    if is_iterable(data):
+    if is_iterable(data.source if isinstance(data, WithRng) else data):
         raise TypeError(
             f"{name} is a Python iterable ({type(data).__name__}); only bilevel.optimize draws from "
             "one. Here pass a batch, or bilevel.stacked(batches)."
         )
+    if isinstance(data, Source):
+        return data
     return Whole(as_arrays(data, name))
 
 
 def is_iterable(data) -> bool:
     """Whether data is a Python iterable of batches rather than a pytree of arrays."""
-    leaf = jax.tree_util.all_leaves([data])
+    leaf = jax.tree_util.all_leaves([data]) and not isinstance(data, Source)
     return (
         leaf
         and not hasattr(data, "shape")
@@ -257,6 +273,8 @@ def is_iterable(data) -> bool:
 
 def as_arrays(data, name: str) -> PyTree:
     """The leaves of data as arrays; checks that there are any and that none is empty."""
+    if is_iterable(data):
+        raise TypeError(f"{name} must be arrays, got a Python iterable ({type(data).__name__}).")
     if not jax.tree.leaves(data):
         raise ValueError(f"{name} holds no arrays, got {data!r}.")
 
@@ -318,7 +336,7 @@ def draw(source: Source, key, position, steps: int) -> Draw:
     """
     aside = jax.random.fold_in(jax.random.fold_in(key, 1), position)
     if source.restarts:
-        return Draw(lambda j: source.batch(aside, jnp.asarray(j)), steps, source.sampled)
+        return Draw(lambda j: source.batch(aside, jnp.minimum(j, steps - 1)), steps, source.sampled)
     if not source.sampled:
         return Draw(lambda j: source.batch(key, position + jnp.minimum(j, steps - 1)), steps, False)
 
@@ -333,6 +351,27 @@ def draw(source: Source, key, position, steps: int) -> Draw:
     return Draw(batch, steps, True)
 
 
+def check_sources(train: Source, valid: Source, steps: int) -> None:
+    """Raise ValueError or TypeError where a stack does not fit what an outer step takes."""
+    if train.restarts and train.num_batches != steps:
+        raise ValueError(
+            f"train is stacked for {train.num_batches} inner steps, but {steps} "
+            f"{'is' if steps == 1 else 'are'} taken."
+        )
+    whole_source(valid, "valid")
+
+
+def whole_source(source: Source, name: str) -> Source:
+    """The source, if it is no stack; else TypeError."""
+    if source.restarts:
+        raise TypeError(
+            f"{name} is stacked, but only train takes one batch for each inner step; pass arrays, "
+            "minibatches or an iterable."
+        )
+    return source
+
+
+@functools.partial(jax.jit, static_argnames="n")
 def permute(key, positions: jax.Array, n: int) -> jax.Array:
     """Where ``positions`` of ``range(n)`` go in a shuffle that only ``key`` determines.
 

@@ -21,23 +21,29 @@ def why_ended(status: Status, history) -> str:
         fix = "look for a nan in the data, or an overflow in the loss"
     elif last & NonFinite.GRAD:
         what = "the hypergradient is not finite"
-        fix = "look for a derivative that is (sqrt or norm at zero; Adam with eps_root=0 when unrolled) or a Neumann step size above 2 / lambda_max"
+        fix = (
+            "look for a derivative that is not (sqrt or norm at zero; Adam with eps_root=0 when unrolled) or "
+            "a Neumann step size above 2 / lambda_max"
+        )
     else:
         what = "the outer update or an optimiser state became non-finite"
         fix = "lower the outer learning rate, or clip its gradient"
     return f"Outer step {step}: {what}; {fix}. The last good state is kept."
 
 
-def final(status: Status, history) -> tuple[Status, list[str], list[str]]:
-    """The status a run ends with, sentences of advice, and those of them that deserve a warning."""
+def final(status: Status, history, bounded: bool) -> tuple[Status, list[str], list[str]]:
+    """The status a run ends with, sentences of advice, and those of them that deserve a warning.
+
+    ``bounded``: some hyperparameters may rest on the end of a box, where their gradient norm is zero.
+    """
     accepted = history["accepted"]
+    still = not bounded and accepted.any() and np.all(history["grad_norm"][accepted] == 0)
     warned = [sentence for sentence in (_indefinite(history),) if sentence]
-    if not warned and accepted.any() and np.all(history["grad_norm"][accepted] == 0):
+    if still and not warned:
         warned.append(
             "The hypergradient was exactly zero throughout: does the validation loss of the trained "
             "parameters depend on hparams at all?"
         )
-    still = accepted.any() and np.all(history["grad_norm"][accepted] == 0)
     if still and status == Status.BUDGET:
         status = Status.STALLED
     noted = [sentence for sentence in (_residual(history), _overfitting(history)) if sentence]

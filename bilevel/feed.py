@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import validation
-from bilevel.data import Stacked, Whole, as_arrays
+from bilevel.data import Source, Stacked, Whole, WithRng, as_arrays
 from bilevel.problem import PyTree, register, static
 
 _AHEAD = 64
@@ -30,81 +30,91 @@ _END = object()
 class Fed:
     """Batches for a chunk of outer steps, along the leading axis; ``at`` is one step's source.
 
-    ``single``: one batch a step (validation), without an axis of inner steps.
+    ``single``: one batch a step (validation), without an axis of inner steps. ``rng``: with keys.
     """
 
     batches: PyTree
     single: bool = static()
+    rng: bool = static()
 
-    def at(self, i):
+    def at(self, i) -> Source:
         """The source of the chunk's ``i``-th outer step."""
         batches = jax.tree.map(lambda array: array[i], self.batches)
-        return Whole(batches) if self.single else Stacked(batches, renewed=True)
+        source = Whole(batches, renewed=True) if self.single else Stacked(batches, renewed=True)
+        return WithRng(source) if self.rng else source
 
 
 class Feed:
     """Fetches batches from an iterable; what was taken to look at shapes is not lost."""
 
-    def __init__(self, iterable: Iterable, name: str, per_step: int, single: bool):
+    def __init__(self, data: Iterable | WithRng, name: str, per_step: int, single: bool):
         self.name, self.per_step, self.single = name, per_step, single
+        self.rng = isinstance(data, WithRng)
+        iterable = data.source if isinstance(data, WithRng) else data
         self.taken = 0
         self.why_ended: str | None = None
-        self._pushed_back: list[PyTree] = []
         self._queue: queue.Queue = queue.Queue(maxsize=_AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fetch, args=(iter(iterable),), daemon=True)
         self._thread.start()
-        first = self._next()
-        if first is _END:
-            raise ValueError(f"{name} is an iterable without any batch.")
-        self.first = as_arrays(first, f"{name}[0]")
+        try:
+            first = self._next()
+            if first is _END:
+                raise ValueError(f"{name} is an iterable without any batch.")
+            self.first = as_arrays(first, f"{name}[0]")
+        except BaseException:
+            self.close()
+            raise
         self._shapes = _shapes(self.first)
-        self._pushed_back.append(self.first)
+        self._pushed_back = [self.first]
 
-    def example(self):
+    def example(self) -> Source:
         """A source with the shapes of one outer step, for checks and for the first state."""
-        if self.single:
-            return Whole(self.first)
-        return Stacked(_stack([self.first] * self.per_step), renewed=True)
+        one = self.first if self.single else _stack([self.first] * self.per_step)
+        return Fed(_stack([one]), self.single, self.rng).at(0)
 
     def chunk(self, steps: int, capacity: int) -> tuple[Fed | None, int]:
         """Batches for up to ``steps`` outer steps, padded to ``capacity``, and how many steps they last."""
         rows: list[PyTree] = []
         for _ in range(steps):
-            batches = list(itertools.islice(self._checked(), self.per_step))
+            try:
+                batches = list(itertools.islice(self._checked(), self.per_step))
+            except Exception:
+                if not rows:
+                    raise
+                break  # first run what is there; the same error waits in the queue
             if len(batches) < self.per_step:
                 self.why_ended = self.why_ended or f"{self.name} ended after {self.taken} batches"
                 break
-            self.taken += self.per_step
             rows.append(batches[0] if self.single else _stack(batches))
         if not rows:
             return None, 0
         padded = rows + rows[-1:] * (capacity - len(rows))
-        return Fed(jax.tree.map(jnp.asarray, _stack(padded)), self.single), len(rows)
+        return Fed(_stack(padded), self.single, self.rng), len(rows)
 
     def close(self) -> None:
         """Stop fetching."""
         self._stop.set()
 
-    def _checked(self):
+    def _checked(self) -> Iterator[PyTree]:
         while self.why_ended is None:
             batch = self._pushed_back.pop() if self._pushed_back else self._next()
             if batch is _END:
                 return
-            shapes = _shapes(batch)
-            if shapes != self._shapes:
+            if _shapes(batch) != self._shapes:
                 self.why_ended = (
                     f"{self.name} gave a batch of other shapes after {self.taken} batches, "
                     f"{validation.describe(batch)} instead of {validation.describe(self.first)} (a shorter "
                     "last batch? drop it in the loader)"
                 )
                 return
+            self.taken += 1
             yield batch
 
-    def _fetch(self, iterator) -> None:
+    def _fetch(self, iterator: Iterator) -> None:
         try:
             for batch in iterator:
-                if not self._put(jax.tree.map(np.asarray, batch)):
+                if not self._put(jax.tree.map(_to_array, batch)):
                     return
             self._put(_END)
         except BaseException as error:  # handed to the thread that asks for the batch
@@ -129,11 +139,18 @@ class Feed:
         return item
 
 
-def _shapes(batch):
-    return jax.tree.structure(batch), tuple(
-        (np.shape(x), np.dtype(jnp.result_type(x))) for x in jax.tree.leaves(batch)
-    )
+def _to_array(leaf):
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def _shapes(batch) -> tuple:
+    leaves, treedef = jax.tree.flatten(batch)
+    return treedef, tuple((np.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 def _stack(batches: list[PyTree]) -> PyTree:
-    return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *batches)
+    def stack(*leaves):
+        keys = isinstance(leaves[0], jax.Array) and jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key)
+        return jnp.stack(leaves) if keys else jnp.asarray(np.stack([np.asarray(x) for x in leaves]))
+
+    return jax.tree.map(stack, *batches)

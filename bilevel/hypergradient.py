@@ -36,16 +36,14 @@ def hypergradient(problem: Problem, estimator: Estimator | None = None) -> Calla
     def estimate(params, hparams, train_batch, valid_batch, key=None) -> Estimate:
         params = validation.floating(params, "params")
         hparams = validation.floating(hparams, "hparams")
+        validation.finite(params, "params")
         validation.finite(hparams, "hparams")
         bind(problem.constraints, hparams).check(hparams)
         train = data.as_source(train_batch, "train_batch")
         valid = data.as_source(valid_batch, "valid_batch")
         key = jax.random.key(0) if key is None else validation.random_key("key", key)
         steps = getattr(estimator, "steps", None) or 1
-        if isinstance(train, data.Stacked) and train.num_batches != steps:
-            raise ValueError(
-                f"train_batch is stacked for {train.num_batches} inner steps, the estimator takes {steps}."
-            )
+        data.check_sources(train, valid, steps)
         inner = getattr(estimator, "inner", None)
         point = Point(params) if inner is None else start_point(inner, params, None)
         draw = data.draw(train, jax.random.fold_in(key, 0), 0, steps)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.feed import Fed
-from bilevel.problem import CERTIFIED, Method, Problem, PyTree, Status, outer_value, register
+from bilevel.problem import CERTIFIED, Method, Problem, PyTree, Status, inner_value, outer_value, register
 
 # Leaves of hparams up to this size are reported entry by entry, larger ones by quantiles ...
 _ENTRIES = 32
@@ -102,7 +102,7 @@ def _start(plan: Plan, params, hparams, key, train, valid):
     problem = plan.problem
     key = jax.random.key(0) if key is None else jnp.array(key, copy=True)
     state = plan.method.init(problem, params, hparams, train, valid, key=key)
-    inner = problem.inner(params, hparams, train.batch(key, 0))
+    inner, _ = inner_value(problem, params, hparams, train.batch(key, 0), None)
     outer, _ = outer_value(problem, params, hparams, valid.batch(key, 0), None)
     best = None
     if plan.keep_best:

@@ -132,7 +132,7 @@ def optimize(
             _source(feeds, train, "train", per_step, single=False),
             _source(feeds, valid, "valid", 1, single=True),
         ]
-        test = None if test is None else data.as_source(test, "test")
+        test = None if test is None else data.whole_source(data.as_source(test, "test"), "test")
         plan = _plan(problem, method, params, hparams, sources, test, judge_every, keep_best)
         carry, *start_values = loop.compiled_start(plan)(
             params, hparams, key, *(s.example() if isinstance(s, Feed) else s for s in sources)
@@ -145,40 +145,30 @@ def optimize(
 
 
 def _callbacks(callbacks) -> tuple[Callable, ...]:
-    callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
-    for callback in callbacks:
-        if not callable(callback):
-            raise TypeError(f"callbacks must be functions (step, rows), got {callback!r}.")
-    return callbacks
+    several = (callbacks,) if callable(callbacks) else callbacks
+    if not isinstance(several, Sequence) or not all(callable(callback) for callback in several):
+        raise TypeError(f"callbacks must be functions (step, rows), got {callbacks!r}.")
+    return tuple(several)
 
 
 def _source(feeds: list[Feed], value, name: str, per_step: int, single: bool):
-    if data.is_iterable(value) and not isinstance(value, data.Source):
+    if data.is_iterable(value.source if isinstance(value, data.WithRng) else value):
         feeds.append(Feed(value, name, per_step, single))
         return feeds[-1]
-    source = data.as_source(value, name)
-    if single and source.restarts:
-        raise TypeError(
-            f"{name} is stacked, but an outer step takes one validation batch; pass arrays, minibatches "
-            "or an iterable."
-        )
-    return source
+    return data.as_source(value, name)
 
 
 def _plan(problem, method, params, hparams, sources, test, judge_every, keep_best) -> loop.Plan:
     examples = [s.example() if isinstance(s, Feed) else s for s in sources]
+    data.check_sources(examples[0], examples[1], method.batches_per_step[0])
     train_batch, valid_batch = (data.abstract_batch(source) for source in examples)
     tuned = validation.tuned_leaves(problem, hparams)
     metrics = validation.problem_on_data(problem, tuned, params, hparams, train_batch, valid_batch)
-    taken = {"step", "seconds", "judged", "test", *loop.COLUMNS} & set(metrics)
-    if taken:
-        names = ", ".join(sorted(taken))
-        raise ValueError(f"outer: metrics named {names} clash with columns of the history.")
     if test is not None:
         test_batch = data.abstract_batch(test, whole=True)
         validation.problem_on_data(problem, tuned, params, hparams, train_batch, test_batch)
     train, valid = sources
-    return loop.Plan(
+    plan = loop.Plan(
         problem=problem,
         method=method,
         capacity=_FED_CAPACITY if isinstance(train, Feed) or isinstance(valid, Feed) else _CAPACITY,
@@ -188,3 +178,8 @@ def _plan(problem, method, params, hparams, sources, test, judge_every, keep_bes
         tests=test is not None,
         metrics=metrics,
     )
+    names = ["step", "seconds", "judged", "test", *plan.columns]
+    clash = sorted(name for name in metrics if names.count(name) > 1)
+    if clash:
+        raise ValueError(f"outer: metrics named {', '.join(clash)} clash with columns of the history.")
+    return plan

@@ -191,14 +191,15 @@ def lift(problem: Problem) -> Problem:
 
 def inner_value(problem: Problem, params, hparams, batch, model_state) -> tuple[jax.Array, PyTree]:
     """Inner loss and the model state after it."""
-    return problem.inner(params, hparams, batch), model_state
+    return jnp.asarray(problem.inner(params, hparams, batch)), model_state
 
 
 def outer_value(problem: Problem, params, hparams, batch, model_state) -> tuple[jax.Array, dict]:
     """Outer loss and its dict of metrics, empty where the loss returns a bare scalar."""
     del model_state
     out = problem.outer(params, hparams, batch)
-    return out if isinstance(out, tuple) else (out, {})
+    value, metrics = out if isinstance(out, tuple) else (out, {})
+    return jnp.asarray(value), metrics
 
 
 def _require_callable(name: str, fn, signature: str) -> None:
@@ -217,8 +218,10 @@ def _finish_problem(problem: Problem | FixedPoint) -> None:
                     f"bilevel.interval(0, 1), got {leaf!r}."
                 )
         object.__setattr__(problem, "constraints", spec)
+    if problem.smoothness is not None:
+        raise NotImplementedError("smoothness= (certificates) comes with a later release.")
     if problem.start is not None:
-        raise NotImplementedError("start= (where every outer step begins) comes later.")
+        raise NotImplementedError("start= (where every outer step begins) comes with a later release.")
     if problem.has_state:
         raise NotImplementedError("has_state= (mutable model state) comes with a later release.")
 
@@ -346,7 +349,7 @@ class NonFinite(enum.IntFlag):
 class Info:
     """What a person wants to know of one outer step; the state is what the next step needs.
 
-    ``value`` is outer at the pair (``params``, ``hparams``), with ``model_state``, which is neither always the
+    ``value`` is outer at the pair (``params``, ``hparams``) with ``model_state``, neither always the
     pair before the step nor the one after it. ``grad_norm`` is in free units. ``status`` is a `Status` code,
     ``nonfinite`` a `NonFinite` mask; the step was rejected where it is not zero.
     """

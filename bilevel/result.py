@@ -136,7 +136,7 @@ def load(path: str | os.PathLike, like=None) -> Result:
       ValueError: no such file, not a result, damaged, or of another structure.
     """
     if like is not None:
-        params, hparams = (like.params, like.hparams) if isinstance(like, Result) else like
+        params, hparams = _pair(like)
         like = {
             "params": params,
             "best_params": params,
@@ -145,8 +145,12 @@ def load(path: str | os.PathLike, like=None) -> Result:
             "trajectory": hparams,
         }
     trees, meta = checkpoint.read(path, like)
-    if meta.get("kind") != "result":
-        raise ValueError(f"path: {path} holds a {meta.get('kind')}, not a result.")
+    if meta.get("kind", "result") != "result":
+        raise ValueError(f"path: {path} holds a {meta['kind']}, not a result.")
+    missing = (_TREES - set(trees)) | (_META - set(meta))
+    if missing:
+        lost = ", ".join(sorted(missing))
+        raise ValueError(f"path: {path} is not a file that bilevel wrote, or it is damaged (no {lost}).")
     return Result(
         params=trees["params"],
         hparams=trees["hparams"],
@@ -159,6 +163,21 @@ def load(path: str | os.PathLike, like=None) -> Result:
         test=meta["test"],
         model_state=trees["model_state"],
     )
+
+
+_TREES = {
+    "params", "hparams", "best_params", "best_hparams", "history", "trajectory_steps", "trajectory",
+    "model_state",
+}  # fmt: skip
+_META = {"status", "message", "seconds", "best_value", "best_step", "quantiles", "test"}
+
+
+def _pair(like) -> tuple[Params, HParams]:
+    if isinstance(like, Result):
+        return like.params, like.hparams
+    if isinstance(like, (tuple, list)) and len(like) == 2:
+        return like[0], like[1]
+    raise TypeError(f"like must be a Result or a pair (params, hparams), got {like!r:.80}.")
 
 
 COUNT_COLUMNS = ("inner_grad", "outer_grad", "hvp", "cross")

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from bilevel import diagnosis, loop
+from bilevel.constraints import Box, bind
 from bilevel.feed import Feed
 from bilevel.problem import Status
 from bilevel.progress import reporter
@@ -40,6 +41,7 @@ class Run:
         self.rows: list[np.ndarray] = []
         self.trail: list[tuple[np.ndarray, list[np.ndarray]]] = []
         self.seconds: list[np.ndarray] = []
+        self.bounded = any(isinstance(c, Box) for c in bind(plan.problem.constraints, carry.hparams).leaves)
         self.done = 0
         self.told = (0, 0)  # chunks and steps that callbacks have seen
         self.ended: tuple[Status, str] | None = None
@@ -178,7 +180,7 @@ class Run:
         params, hparams = state.params, self.carry.hparams
         best = self._best(params, hparams, history)
         status, message = self.ended or (Status.INTERRUPTED, "Interrupted by the user.")
-        status, advice, warned = diagnosis.final(status, history)
+        status, advice, warned = diagnosis.final(status, history, self.bounded)
         if warned:
             warnings.warn(" ".join(warned), RuntimeWarning, stacklevel=4)
         return Result(

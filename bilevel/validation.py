@@ -220,6 +220,8 @@ def _check_metrics(name: str, out: tuple):
     for key, metric in out[1].items():
         if not isinstance(key, str) or getattr(metric, "shape", None) != ():
             raise ValueError(f"{name}: metric {key!r} must be a scalar under a name, got {metric!r}.")
+        if not (jnp.issubdtype(metric.dtype, jnp.floating) or metric.dtype.kind in "iub"):
+            raise TypeError(f"{name}: metric {key!r} must be real, got dtype {metric.dtype}.")
     return out[0], tuple(sorted(out[1]))
 
 

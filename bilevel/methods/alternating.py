@@ -113,15 +113,14 @@ class Alternating:
         validation.kind("problem", problem, "a problem")
         params = validation.floating(params, "params")
         hparams = validation.floating(hparams, "hparams")
+        validation.finite(params, "params")
+        validation.finite(hparams, "hparams")
         key = validation.random_key("key", key)
         if model_state is not None:
             raise NotImplementedError("model_state= comes with has_state=True, in a later release.")
         train = data.as_source(train, "train")
         valid = data.as_source(valid, "valid")
-        if isinstance(train, data.Stacked) and train.num_batches != self._steps:
-            raise ValueError(
-                f"train is stacked for {train.num_batches} inner steps, the method takes {self._steps}."
-            )
+        data.check_sources(train, valid, self._steps)
         constraints = bind(problem.constraints, hparams)
         constraints.check(hparams)
         tuned = validation.tuned_leaves(problem, hparams)
@@ -153,6 +152,7 @@ class Alternating:
         """Eq. (1) to (3); rejected as a whole where a result is not finite."""
         train, valid = data.as_source(train, "train"), data.as_source(valid, "valid")
         estimator, steps = self._estimator, self._steps
+        data.check_sources(train, valid, steps)
         hparams = state.hparams
         key_train, key_valid, key_step = (jax.random.fold_in(state.key, i) for i in range(3))
         draw = data.draw(train, key_train, state.position, steps)
@@ -200,8 +200,7 @@ class Alternating:
         old = (state.point, state.free, state.estimator, state.outer)
         point, free, estimator_state, outer = jax.lax.cond(accepted, lambda: new, lambda: old)
         rejected = jnp.where(accepted, 0, state.rejected + 1)
-        random = train.sampled or valid.sampled or train.restarts
-        allowed = _REJECTIONS if random else 1
+        allowed = _REJECTIONS if train.renewed or valid.renewed else 1
         new_state = dataclasses.replace(
             state,
             point=point,

@@ -1,0 +1,43 @@
+"""Tests are stricter than users: float64, no silent rank promotion, warnings are errors, four devices."""
+
+import os
+
+# Before JAX starts its backend.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # tests compile much and compute little
+# jax_numpy_dtype_promotion="strict" stays off here: optax's Adam does not survive it (a float to the power of
+# an int32 count). The conformance tests switch it on for every estimator and method, with optax.sgd.
+
+settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=10)
+settings.load_profile("tests")
+
+_COMPILED: list[str] = []
+
+
+def _listen(event: str, seconds: float, **kwargs) -> None:
+    del seconds, kwargs
+    if event == "/jax/core/compile/backend_compile_duration":
+        _COMPILED.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+@pytest.fixture
+def compiled():
+    """A function: how many programs have been compiled since it was last called."""
+    seen = len(_COMPILED)
+
+    def since() -> int:
+        nonlocal seen
+        before, seen = seen, len(_COMPILED)
+        return seen - before
+
+    return since

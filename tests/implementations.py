@@ -1,0 +1,268 @@
+"""Every estimator, linear solver and method, once: what it computes and what it is able to do.
+
+The shared tests iterate over these rows and ask for capabilities, never for names. The closed forms are those
+of `problems.Ridge`; estimators are compared at `LOG_L2`, where the inner problem is well conditioned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optax
+import pytest
+from problems import RIDGE_LOG_L2, Ridge, ridge
+
+import bilevel
+
+# Eigenvalues of the inner Hessian there: 1.1 and 3.6.
+LOG_L2 = 0.0
+STEP_SIZE = 0.3
+# (1 - 0.3 * 1.09)^80 = 2e-14.
+STEPS = 80
+SGD = optax.sgd(STEP_SIZE)
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimatorRow:
+    """An estimator with its settings.
+
+    ``rtol``: of what it returns at the inner solution, in float64. ``terms``: of the Neumann series it
+    amounts to there, None where it is exact. ``trajectory``: moves params, by ``steps`` inner steps of which
+    ``kept`` are differentiated in ``passes`` sweeps. ``memory``: its state has leaves. ``fresh``: it takes
+    batches beyond the step's own, ``batches`` of them at once.
+    """
+
+    factory: str
+    label: str
+    make: Callable[[], Any]
+    rtol: float
+    terms: int | None = None
+    trajectory: bool = False
+    steps: int = 1
+    kept: int = 0
+    passes: int = 0
+    memory: bool = False
+    fresh: bool = False
+    batches: int = 0
+
+    def expected(self, problem: Ridge, log_l2):
+        if self.terms is None:
+            return problem.hypergradient(log_l2)
+        return problem.neumann(log_l2, self.terms, STEP_SIZE)
+
+    def __repr__(self) -> str:
+        return self.label
+
+
+ESTIMATORS = (
+    EstimatorRow("implicit", "implicit", lambda: bilevel.implicit(), rtol=1e-6, memory=True),
+    EstimatorRow(
+        "implicit",
+        "implicit(cg exact)",
+        lambda: bilevel.implicit(bilevel.cg(max_steps=30, tol=1e-13)),
+        rtol=1e-9,
+        memory=True,
+    ),
+    EstimatorRow("implicit", "implicit(dense)", lambda: bilevel.implicit(bilevel.dense()), rtol=1e-9),
+    EstimatorRow(
+        "implicit",
+        "implicit(neumann)",
+        lambda: bilevel.implicit(bilevel.neumann(STEPS, STEP_SIZE)),
+        rtol=1e-9,
+        fresh=True,
+    ),
+    EstimatorRow(
+        "implicit",
+        "implicit(neumann, 5 terms)",
+        lambda: bilevel.implicit(bilevel.neumann(5, STEP_SIZE)),
+        rtol=1e-9,
+        terms=5,
+        fresh=True,
+    ),
+    EstimatorRow(
+        "implicit",
+        "implicit(batches=3)",
+        lambda: bilevel.implicit(bilevel.dense(), batches=3),
+        rtol=1e-9,
+        fresh=True,
+        batches=3,
+    ),
+    EstimatorRow(
+        "unrolled",
+        "unrolled",
+        lambda: bilevel.unrolled(SGD, STEPS),
+        rtol=1e-9,
+        trajectory=True,
+        steps=STEPS,
+        kept=STEPS,
+        passes=1,
+    ),
+    EstimatorRow(
+        "unrolled",
+        "unrolled(truncate=7)",
+        lambda: bilevel.unrolled(SGD, STEPS, truncate=7, remat=False),
+        rtol=1e-9,
+        terms=7,
+        trajectory=True,
+        steps=STEPS,
+        kept=7,
+        passes=1,
+    ),
+    EstimatorRow(
+        "forward",
+        "forward",
+        lambda: bilevel.forward(SGD, STEPS),
+        rtol=1e-9,
+        trajectory=True,
+        steps=STEPS,
+        kept=STEPS,
+        passes=1,  # one hyperparameter, one sweep
+    ),
+    EstimatorRow(
+        "one_step",
+        "one_step",
+        lambda: bilevel.one_step(SGD),
+        rtol=1e-9,
+        terms=1,
+        trajectory=True,
+        steps=1,
+        kept=1,
+        passes=1,
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverRow:
+    """A linear solver that solves what `tests/test_linear_solvers.py` asks to ``rtol``, and what it can do.
+
+    ``memory``: it starts at its last solution. ``adaptive``: stops at a tolerance. ``symmetric``: needs a
+    symmetric matrix. ``products``: with the matrix, for ``(size, steps)``.
+    """
+
+    factory: str
+    make: Callable[[], Any]
+    rtol: float
+    products: Callable[[int, int], int]
+    memory: bool = False
+    adaptive: bool = False
+    symmetric: bool = True
+
+    def __repr__(self) -> str:
+        return self.factory
+
+
+# For matrices with eigenvalues in [0.5, 2].
+SOLVERS = (
+    SolverRow(
+        "cg",
+        lambda: bilevel.cg(max_steps=40, tol=1e-12),
+        rtol=1e-11,
+        products=lambda size, steps: steps + 1,
+        memory=True,
+        adaptive=True,
+    ),
+    # (1 - 0.8 * 0.5)^60 = 5e-14
+    SolverRow("neumann", lambda: bilevel.neumann(60, 0.8), rtol=1e-11, products=lambda size, steps: 59),
+    SolverRow(
+        "dense", lambda: bilevel.dense(), rtol=1e-11, products=lambda size, steps: size, symmetric=False
+    ),
+)
+
+# --- Methods ------------------------------------------------------------------------------------------
+
+# Both levels of the ridge problem from log-L2 -6 to 0, with eigenvalues of the inner Hessian in [0.1, 3.6].
+INNER = optax.sgd(0.5)
+# The outer loss is not convex in log-L2: steps of at most 0.5, and 0.08 * 10 < 1 at the solution.
+OUTER = optax.chain(optax.clip(0.05), optax.sgd(10.0))
+# For params that lag behind by some outer steps.
+SLOW_OUTER = optax.chain(optax.clip(0.25), optax.sgd(2.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodRow:
+    """A method with its settings, and the root its iterations converge to.
+
+    ``terms``: of the Neumann series that its hypergradient amounts to at a fixed point, None where exact.
+    ``steps``: outer steps by which it is there. ``frozen``: hparams do not move in so many first steps.
+    ``period``: params move every so many outer steps.
+    """
+
+    factory: str
+    label: str
+    method: Any
+    terms: int | None = None
+    steps: int = 150
+    frozen: int = 0
+    period: int = 1
+
+    def stationary(self, problem: Ridge, log_l2: float) -> float:
+        """Zero at the hyperparameter that the method converges to."""
+        if self.terms is None:
+            return problem.hypergradient(log_l2)
+        return problem.neumann(log_l2, self.terms, 0.5)
+
+    def __repr__(self) -> str:
+        return self.label
+
+
+def _alternating(estimator, inner_steps=100, outer=OUTER, **settings):
+    return bilevel.alternating(estimator, INNER, outer, inner_steps, **settings)
+
+
+_CG = bilevel.implicit(bilevel.cg(max_steps=30, tol=1e-12))
+_COLD = bilevel.implicit(bilevel.dense())
+
+METHODS = (
+    MethodRow("alternating", "cg", _alternating(_CG)),
+    MethodRow("alternating", "neumann", _alternating(bilevel.implicit(bilevel.neumann(20, 0.5))), terms=20),
+    MethodRow("alternating", "dense", _alternating(_COLD)),
+    MethodRow("alternating", "unrolled", _alternating(bilevel.unrolled(), inner_steps=50), terms=50),
+    MethodRow("alternating", "forward", _alternating(bilevel.forward(), inner_steps=50), terms=50),
+    MethodRow("alternating", "one_step", _alternating(bilevel.one_step()), terms=1, steps=1200),
+    MethodRow("alternating", "period", _alternating(_COLD, outer=SLOW_OUTER, period=3), period=3, steps=400),
+    MethodRow("alternating", "warmup", _alternating(_COLD, warmup=5), frozen=5),
+    MethodRow("alternating", "restart", _alternating(_COLD, inner_steps=400, restart=True)),
+    MethodRow("alternating", "simultaneous", _alternating(_COLD, simultaneous=True), steps=300),
+)
+
+# Public factories that raise NotImplementedError in this release.
+LATER = {
+    "gmres",
+    "nystrom",
+    "sgd",
+    "lift",
+    "composite",
+    "FixedPoint",
+    "Smoothness",
+    "episodes",
+    "simplex",
+    "integer",
+}
+
+# Public names that are neither an estimator, a linear solver nor a method.
+OTHER = {
+    "STOP",
+    *("Problem", "hypergradient", "optimize", "load", "Best", "Result", "Trajectory"),
+    *("Counts", "Estimate", "Info", "Point", "SolveInfo", "Status"),
+    *("box", "fixed", "interval", "positive", "real", "minibatches", "stacked", "with_rng"),
+}
+
+
+def by_label(rows):
+    """Decorator: the test runs once for each row."""
+    return pytest.mark.parametrize("row", rows, ids=repr)
+
+
+def optimum(row: MethodRow) -> float:
+    """The log-L2 at which a method's fixed point stands, by bisection around that of the exact one."""
+    fn = lambda log_l2: row.stationary(ridge(), log_l2)  # noqa: E731
+    lo, hi = RIDGE_LOG_L2 - 2.0, RIDGE_LOG_L2 + 1.0
+    assert fn(lo) < 0 < fn(hi)
+    while hi - lo > 1e-13:
+        middle = 0.5 * (lo + hi)
+        lo, hi = (middle, hi) if fn(middle) < 0 else (lo, middle)
+    return float(np.mean((lo, hi)))

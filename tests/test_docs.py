@@ -1,0 +1,104 @@
+"""The Python in README.md and docs/ runs and prints what stands below it; so do the examples.
+
+One process for each file, without the settings of `conftest.py`: a reader has none of them. The blocks of a
+Markdown file share a namespace. A fence without a language directly below a block holds what the block
+prints, and a block that prints has one; a script states its output in its last lines, as ``# > text``. The
+last digit of a printed decimal may be off by one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+END_OF_BLOCK = "-- end of block --"
+DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
+
+
+def read(page: Path) -> tuple[str, list[str]]:
+    """A script with the page's Python on its own line numbers, and what each block has to print."""
+    script, outputs, fence, previous = [], [], None, ""
+    for line in page.read_text().splitlines():
+        if fence is None and line.startswith("```"):
+            fence, text = line[3:].strip(), []
+            shows_output = fence == "" and previous == "end of python"
+            previous = ""
+        elif fence is not None and line == "```":
+            if fence == "python":
+                outputs.append("")
+                line = f"print({END_OF_BLOCK!r})"
+                previous = "end of python"
+            elif shows_output:
+                outputs[-1] = "\n".join(text)
+            script.append(line if fence == "python" else "")
+            fence = None
+            continue
+        elif fence is not None:
+            text.append(line)
+        elif line:
+            previous = ""
+        script.append(line if fence == "python" and not line.startswith("```") else "")
+    assert fence is None, f"{page.name}: a fence is not closed"
+    return "\n".join(script) + "\n", outputs
+
+
+def run(script: Path, cwd: Path) -> str:
+    """What a script prints, run as a reader would."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=cwd,
+        env={**env, "MPLBACKEND": "Agg", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{script.name}:\n{done.stderr}"
+    assert "Warning" not in done.stderr, f"{script.name}:\n{done.stderr}"
+    return done.stdout
+
+
+def assert_printed(printed: str, expected: str) -> None:
+    printed, expected = printed.strip("\n"), expected.strip("\n")
+    assert DECIMAL.sub("#", printed) == DECIMAL.sub("#", expected), f"{printed!r} instead of {expected!r}"
+    for got, wanted in zip(DECIMAL.findall(printed), DECIMAL.findall(expected), strict=True):
+        mantissa, _, exponent = wanted.partition("e")
+        last_digit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+        assert abs(float(got) - float(wanted)) < 1.5 * last_digit, f"{printed!r} instead of {expected!r}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_runs_and_prints_what_it_says(page, tmp_path):
+    source, outputs = read(page)
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text(source)
+    *printed, rest = run(script, tmp_path).split(END_OF_BLOCK + "\n")
+    assert rest == ""
+    for got, expected in zip(printed, outputs, strict=True):
+        assert_printed(got, expected)
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
+def test_example_runs_and_prints_what_it_says(script, tmp_path):
+    expected = re.findall(r"^# > ?(.*)$", script.read_text(), re.MULTILINE)
+    assert expected
+    assert_printed(run(script, tmp_path), "\n".join(expected))
+
+
+def test_pages_and_examples_are_found():
+    assert {page.name for page in PAGES} >= {"README.md", "notation.md", "recipes.md", "adding_an_estimator.md"}
+    assert len(EXAMPLES) >= 3
+
+
+def test_a_wrong_number_is_noticed():
+    assert_printed("loss 0.124 at 3\n", "loss 0.123 at 3")
+    for wrong in ("loss 0.125 at 3", "loss 0.123 at 4", "gain 0.123 at 3", "loss 0.123", ""):
+        with pytest.raises(AssertionError):
+            assert_printed(wrong, "loss 0.123 at 3")
