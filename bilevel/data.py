@@ -108,7 +108,7 @@ class Minibatches:
 
     def index(self, key, t):
         epoch, place = jnp.divmod(jnp.asarray(t), self.num_batches)
-        positions = place * self.batch_size + jnp.arange(self.batch_size)
+        positions = place * self.batch_size + jnp.arange(self.batch_size, dtype=place.dtype)
         return permute(jax.random.fold_in(key, epoch), positions, rows(self.arrays))
 
     def whole(self, key):
@@ -336,12 +336,13 @@ def draw(source: Source, key, position, steps: int) -> Draw:
     """
     aside = jax.random.fold_in(jax.random.fold_in(key, 1), position)
     if source.restarts:
-        return Draw(lambda j: source.batch(aside, jnp.minimum(j, steps - 1)), steps, source.sampled)
+        return Draw(lambda j: source.batch(aside, _own(j, steps)), steps, source.sampled)
     if not source.sampled:
-        return Draw(lambda j: source.batch(key, position + jnp.minimum(j, steps - 1)), steps, False)
+        return Draw(lambda j: source.batch(key, position + _own(j, steps)), steps, False)
 
     def batch(j):
-        own = jnp.asarray(j) < steps
+        j = jnp.asarray(j, jnp.int32)
+        own = j < steps
         chosen = jax.random.wrap_key_data(
             jnp.where(own, jax.random.key_data(key), jax.random.key_data(aside)),
             impl=jax.random.key_impl(key),
@@ -349,6 +350,10 @@ def draw(source: Source, key, position, steps: int) -> Draw:
         return source.batch(chosen, jnp.where(own, position + j, j - steps))
 
     return Draw(batch, steps, True)
+
+
+def _own(j, steps: int):
+    return jnp.minimum(jnp.asarray(j, jnp.int32), steps - 1)
 
 
 def check_sources(train: Source, valid: Source, steps: int) -> None:

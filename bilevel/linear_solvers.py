@@ -118,7 +118,10 @@ class CG:
 
         cold = jax.tree.map(jnp.zeros_like, b)
         rr = bb if self.preconditioner else None
-        start = _CGLoop(cold, b, state.x, vdot(b, state.x), rr, jnp.int32(-1), jnp.bool_(False))
+        slope = vdot(b, state.x)
+        usable = jnp.isfinite(slope)  # a start that is not finite is dropped
+        direction, rz = where(usable, state.x, cold), jnp.where(usable, slope, 0)
+        start = _CGLoop(cold, b, direction, rz, rr, jnp.int32(-1), jnp.bool_(False))
         end = jax.lax.while_loop(going, step, start)
         residual = jnp.sqrt(end.rz if end.rr is None else end.rr)
         info = SolveInfo(residual, end.steps, end.steps + 1, end.negative_curvature)
@@ -134,12 +137,12 @@ def cg(
 ) -> CG:
     """Conjugate gradients, for symmetric positive definite systems.
 
-    Stops at ``|r| <= max(tol |b|, atol)``, after ``max_steps`` products, or at a direction of non-positive
+    Stops at ``|r| <= max(tol |b|, atol)``, after ``max_steps`` steps, or at a direction of non-positive
     curvature (then it keeps what it had and says so). Inside a method every solve starts at the best
     multiple of the solution before. One product per step and one for the start; three vectors of memory.
 
     Args:
-      max_steps: products at most.
+      max_steps: steps at most.
       tol: relative to the right-hand side; default the square root of the dtype's rounding unit
         (1.5e-8 in float64, 3.5e-4 in float32); 0 for a fixed number of steps.
       atol: absolute.
@@ -195,7 +198,7 @@ class Neumann:
         x = jax.tree.map(lambda s: (self.step_size * s).astype(s.dtype), total)
         # b - A x = (I - step_size A)^terms b, one product beyond the last power: not formed.
         products = jnp.int32(self.terms - 1)
-        info = SolveInfo(norm(power), products, products, negative)
+        info = SolveInfo(norm(power), products + 1, products, negative)
         return x, state, info
 
 

@@ -100,7 +100,6 @@ def compiled_test(plan: Plan):
 def _start(plan: Plan, params, hparams, key, train, valid):
     """The first carry, and both losses at the start."""
     problem = plan.problem
-    key = jax.random.key(0) if key is None else jnp.array(key, copy=True)
     state = plan.method.init(problem, params, hparams, train, valid, key=key)
     inner, _ = inner_value(problem, params, hparams, train.batch(key, 0), None)
     outer, _ = outer_value(problem, params, hparams, valid.batch(key, 0), None)
@@ -109,7 +108,7 @@ def _start(plan: Plan, params, hparams, key, train, valid):
         best = (_copy(params), _copy(hparams), jnp.full_like(outer, jnp.inf), jnp.int32(0))
     carry = Carry(
         state=state,
-        key=key,
+        key=_copy(key),
         hparams=_copy(hparams),
         best=best,
         rows=jnp.zeros((plan.capacity, len(plan.columns)), outer.dtype),

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -117,7 +119,7 @@ def optimize(
     steps = validation.whole_number("steps", steps, 1)
     judge_every = validation.whole_number("judge_every", judge_every, 1)
     tol = -1.0 if tol is None else validation.number("tol", tol, minimum=0.0)
-    key = None if key is None else validation.random_key("key", key)
+    key = _default_key() if key is None else validation.random_key("key", key)
     callbacks = _callbacks(callbacks)
     params = validation.floating(params, "params")
     hparams = validation.floating(hparams, "hparams")
@@ -142,6 +144,12 @@ def optimize(
     finally:
         for feed in feeds:
             feed.close()
+
+
+def _default_key() -> jax.Array:
+    """``jax.random.key(0)``, which would compile two small programs at the first call."""
+    zeros: Any = np.zeros(2, np.uint32)
+    return jax.random.wrap_key_data(zeros, impl="threefry2x32")
 
 
 def _callbacks(callbacks) -> tuple[Callable, ...]:

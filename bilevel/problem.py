@@ -30,6 +30,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -280,17 +281,17 @@ class Counts(NamedTuple):
 
 
 class SolveInfo(NamedTuple):
-    """What a linear or inner solver says of its solve; all scalars.
+    """What a linear or inner solver says of its solve; all scalars, zero where nothing is solved.
 
     ``residual``: norm of what is left, absolute. ``steps``: iterations; ``products``: with the matrix,
     or gradients. ``negative_curvature``: a direction with non-positive curvature was met, so the
     matrix is not positive definite.
     """
 
-    residual: Any
-    steps: Any
-    products: Any
-    negative_curvature: Any
+    residual: Any = 0.0
+    steps: Any = 0
+    products: Any = 0
+    negative_curvature: Any = False
 
 
 CERTIFIED, ESTIMATED, RESIDUAL, NONE = "certified", "estimated", "residual", "none"
@@ -311,10 +312,10 @@ class Estimate:
     value: jax.Array
     grad: HParams
     point: Point
-    error: jax.Array
-    counts: Counts
-    solve: SolveInfo
-    metrics: dict
+    error: Any = math.inf
+    counts: Counts = Counts()
+    solve: SolveInfo = SolveInfo()
+    metrics: dict = dataclasses.field(default_factory=dict)
     error_kind: str = static(default=NONE)
 
     @property
@@ -424,7 +425,8 @@ class Estimator(Protocol):
     """Estimates the hypergradient, Eq. (2).
 
     ``trajectory`` says whether it moves the point itself (unrolled, forward) or takes it as the inner
-    solution (implicit).
+    solution (implicit). One that does is a dataclass with the fields ``inner``, an optax optimiser, and
+    ``steps``, both None where they are left to the method it is used in.
     """
 
     @property
@@ -447,6 +449,11 @@ class Estimator(Protocol):
 class Method(Protocol):
     """One outer step as a pure, traceable function."""
 
+    @property
+    def batches_per_step(self) -> tuple[int, int]:
+        """Training and validation batches that one outer step takes."""
+        ...
+
     def init(self, problem: Problem, params, hparams, train, valid, *, key, model_state=None) -> PyTree:
         """The first state; it has the properties ``params`` and ``hparams`` (natural units)."""
         ...
@@ -464,7 +471,7 @@ def tree_is_finite(tree: PyTree) -> jax.Array:
     """
 
     def finite(x):
-        return jnp.isfinite(jnp.sum(x, dtype=jnp.promote_types(x.dtype, jnp.float32)))
+        return jnp.isfinite(jnp.sum(x, dtype=jnp.float32 if x.dtype.itemsize < 4 else x.dtype))
 
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
     return functools.reduce(jnp.logical_and, map(finite, leaves), jnp.bool_(True))

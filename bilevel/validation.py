@@ -110,13 +110,19 @@ def random_key(name: str, key) -> jax.Array:
 # --- The right kind of thing in the right place ----------------------------------------------------
 
 
+def _is_estimator(value) -> bool:
+    if not isinstance(value, Estimator):
+        return False
+    return not value.trajectory or (hasattr(value, "inner") and hasattr(value, "steps"))
+
+
 def _solves_problems(solver) -> bool:
     # Linear and inner solvers have the same two functions; an inner solver's takes a problem first.
     return next(iter(inspect.signature(solver.solve).parameters)) == "problem"
 
 
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "an estimator": (lambda x: isinstance(x, Estimator), "bilevel.implicit()"),
+    "an estimator": (_is_estimator, "bilevel.implicit()"),
     "a linear solver": (
         lambda x: isinstance(x, LinearSolver) and not _solves_problems(x),
         "bilevel.cg()",
@@ -195,7 +201,7 @@ def _scalar_loss(name: str, fn, args, metrics: bool) -> tuple[str, ...]:
         )
         raise ValueError(
             f"{name}{_SIGNATURE} failed on what it was given ({type(error).__name__}: {error}). "
-            f"Do params fit the loss? {shapes}."
+            f"Do params fit the loss? {shapes}.{_list_hint(args[2])}"
         ) from error
     names: tuple[str, ...] = ()
     if isinstance(out, tuple):
@@ -212,6 +218,12 @@ def _scalar_loss(name: str, fn, args, metrics: bool) -> tuple[str, ...]:
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"{name} must return a real floating scalar, got dtype {out.dtype}.")
     return names
+
+
+def _list_hint(batch) -> str:
+    if not isinstance(batch, (list, tuple)):
+        return ""
+    return " (A list or a tuple of arrays is one batch; for several batches pass iter(batches).)"
 
 
 def _check_metrics(name: str, out: tuple):

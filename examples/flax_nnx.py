@@ -57,16 +57,17 @@ def main():
         bilevel.minibatches(train, batch_size=50),
         bilevel.minibatches(valid, batch_size=100),
         method,
-        steps=150,
+        steps=60,
         test=test,
         progress=False,
     )
     decay, test = result.hparams["decay"], result.test["last"]
     print(f"decay: hidden {decay['hidden']:.4f}, out {decay['out']:.4f}")
-    print(f"test: loss {test['value']:.3f}, accuracy {test['accuracy']:.3f}")
+    print(f"test: loss {test['value']:.2f}, accuracy {test['accuracy']:.2f}")
 
 
 if __name__ == "__main__":
     main()
 
-# > x
+# > decay: hidden 0.0017, out 0.0022
+# > test: loss 0.46, accuracy 0.86

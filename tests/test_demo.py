@@ -94,7 +94,7 @@ def test_command_prints_the_figures_and_saves_the_picture(report, tmp_path, monk
     for figure in (report.noisy.accuracy, report.learned.accuracy, report.clean.accuracy, report.f1):
         assert f"{figure:.3f}" in out
     assert "3,000,000" in out
-    assert "all 150 outer steps are done" in out
+    assert "All 150 outer steps are done" in out
     assert "out.png" in out
 
 

@@ -93,7 +93,7 @@ def test_example_runs_and_prints_what_it_says(script, tmp_path):
 
 
 def test_pages_and_examples_are_found():
-    assert {page.name for page in PAGES} >= {"README.md", "notation.md", "recipes.md", "adding_an_estimator.md"}
+    assert {page.stem for page in PAGES} >= {"README", "notation", "recipes", "adding_an_estimator"}
     assert len(EXAMPLES) >= 3
 
 

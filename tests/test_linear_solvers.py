@@ -177,12 +177,12 @@ def test_cg_is_never_worse_than_from_zero(start, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
-def test_cg_takes_at_most_max_steps_products(steps):
+def test_cg_takes_one_product_a_step_and_one_to_start(steps):
     products = Products(SPREAD)
     cg = bilevel.cg(max_steps=steps, tol=0.0)
     _, _, info = jax.jit(lambda b: cg.solve(products, b, cg.init(b), KEY))(jnp.asarray(RHS))
     jax.block_until_ready(info)
-    assert products.taken <= steps  # "max_steps: products at most"
+    assert products.taken == int(info.products) == int(info.steps) + 1
     assert int(info.steps) <= steps
 
 
@@ -339,7 +339,7 @@ def test_neumann_matches_its_series_and_its_bias_bound(terms):
     bound = (1 - step_size * 0.2) ** terms * np.linalg.norm(b) / 0.2
     assert error <= bound
     assert error >= (1 - step_size) ** terms * np.linalg.norm(b)  # it is a bias
-    assert (int(info.steps), int(info.products)) == (terms - 1, terms - 1)
+    assert (int(info.steps), int(info.products)) == (terms, terms - 1)
 
 
 def test_neumann_takes_a_fresh_batch_for_each_factor():

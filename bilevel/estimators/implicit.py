@@ -105,15 +105,18 @@ def implicit(solver: LinearSolver | None = None, curvature: str = "hessian", bat
     """Implicit differentiation at (near) the inner solution.
 
     The error of an estimate is the relative residual ``|H v - d_params outer| / |d_params outer|``,
-    measured; it says nothing of how far params are from the inner solution. With float64 and the default
-    solver it is below 1.5e-8 and the hypergradient of a well-conditioned problem right to 1e-6; with
-    float32 the residual cannot fall below about 1e-7 times the condition number of H.
+    measured; it says nothing of how far params are from the inner solution, and the relative error of the
+    gradient can be larger by the condition number of H. With float64 and the default solver it is below
+    1.5e-8, and the hypergradient of a well-conditioned problem right to 1e-6. With float32 rounding leaves a
+    residual of up to about 1e-7 times the condition number of H, often far less, so that a smaller ``tol``
+    may be out of reach.
 
     Args:
       solver: of ``H v = d_params outer``; default `bilevel.cg`.
       curvature: "hessian"; "gauss_newton" for a `bilevel.composite` inner loss.
       batches: average the inner loss over so many fresh batches of a sampled source; 0 for the last
-        batch of the outer step's own.
+        batch of the outer step's own. Hyperparameters that belong to single examples get a gradient from
+        the examples of these batches only.
 
     Raises:
       TypeError, ValueError: a solver that is none, an unknown curvature.

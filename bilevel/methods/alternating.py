@@ -189,12 +189,15 @@ class Alternating:
             warm = state.count >= self.warmup
             free, outer = where(warm, (free, outer), (state.free, state.outer))
 
-        nonfinite = (
-            NonFinite.VALUE * ~jnp.isfinite(estimate.value)
-            + NonFinite.GRAD * ~jnp.isfinite(norm(grad))
-            + NonFinite.PARAMS * ~tree_is_finite(point.params)
-            + NonFinite.STATE * ~tree_is_finite((point.opt_state, free, outer, estimator_state))
-        ).astype(jnp.int32)
+        finite = {
+            NonFinite.VALUE: jnp.isfinite(estimate.value),
+            NonFinite.GRAD: jnp.isfinite(norm(grad)),
+            NonFinite.PARAMS: tree_is_finite(point.params),
+            NonFinite.STATE: tree_is_finite((point.opt_state, free, outer, estimator_state)),
+        }
+        nonfinite = jnp.int32(0)
+        for flag, ok in finite.items():
+            nonfinite += jnp.where(ok, jnp.int32(0), jnp.int32(flag))
         accepted = nonfinite == 0
         new = (point, free, estimator_state, outer)
         old = (state.point, state.free, state.estimator, state.outer)
