@@ -64,11 +64,16 @@ def by_hand(train, valid):
     return float(state.params), float(state.hparams["scale"]), values
 
 
+def close(values):
+    """Two programs for the same steps agree to rounding, which compilers are free to choose."""
+    return pytest.approx(values, rel=1e-13, abs=0)
+
+
 def agrees(result, train, valid):
     params, scale, values = by_hand(train, valid)
-    assert float(result.params) == params
-    assert float(result.hparams["scale"]) == scale
-    assert result.history["value"].tolist() == values
+    assert float(result.params) == close(params)
+    assert float(result.hparams["scale"]) == close(scale)
+    assert result.history["value"].tolist() == close(values)
 
 
 def same_history(a, b):
@@ -261,9 +266,9 @@ def test_a_bad_training_batch_is_rejected():
     assert np.flatnonzero(result.history["nonfinite"]).tolist() == [4]
     assert np.isfinite(result.params)
     params, scale, values = by_hand(train[:8] + train[10:], [VALID] * 7)
-    assert float(result.params) == params
-    assert float(result.hparams["scale"]) == scale
-    assert np.delete(result.history["value"], 4).tolist() == values
+    assert float(result.params) == close(params)
+    assert float(result.hparams["scale"]) == close(scale)
+    assert np.delete(result.history["value"], 4).tolist() == close(values)
 
 
 @pytest.mark.parametrize("train", ["iterable", "whole"])
@@ -290,8 +295,8 @@ def test_three_bad_steps_in_a_row_diverge():
     assert result.status == bilevel.Status.DIVERGED
     assert result.history["accepted"].tolist() == [True] * 4 + [False] * 3
     params, scale, _ = by_hand(train, [VALID] * 4)
-    assert float(result.params) == params
-    assert float(result.hparams["scale"]) == scale
+    assert float(result.params) == close(params)
+    assert float(result.hparams["scale"]) == close(scale)
     assert "outer step 6" in result.message.lower()
 
 
