@@ -6,6 +6,8 @@ from bilevel.estimators.forward import forward
 from bilevel.estimators.implicit import implicit
 from bilevel.estimators.unrolled import one_step, unrolled
 from bilevel.hypergradient import hypergradient
+from bilevel.inner_solvers import tuned
+from bilevel.lift import lift
 from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd
 from bilevel.methods.alternating import alternating
 from bilevel.optimize import optimize
@@ -20,7 +22,6 @@ from bilevel.problem import (
     SolveInfo,
     Status,
     composite,
-    lift,
 )
 from bilevel.result import Best, Result, Trajectory, load
 from bilevel.run import STOP
@@ -66,6 +67,7 @@ __all__ = [
     "sgd",
     "simplex",
     "stacked",
+    "tuned",
     "unrolled",
     "with_rng",
 ]

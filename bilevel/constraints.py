@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from bilevel.trees import spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,35 @@ class Fixed(Constraint):
         return jnp.zeros_like(grad)
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class Simplex(Constraint):
+    """See `simplex`."""
+
+    def to_free(self, value):
+        logits = jnp.log(value)
+        return logits - jnp.mean(logits)
+
+    def to_natural(self, free):
+        tiny = jnp.finfo(free.dtype).tiny
+        weights = jnp.exp(jax.nn.log_softmax(free.reshape(-1))).reshape(free.shape)
+        return jnp.maximum(weights, tiny)
+
+    def project(self, free, previous):
+        del previous
+        return free - jnp.mean(free)
+
+    def reduced_gradient(self, free, grad):
+        del free
+        return grad - jnp.mean(grad)
+
+    def why_not(self, value):
+        value = value.astype(np.float64)
+        if not np.all(value > 0):
+            return "must have entries greater than 0"
+        close = abs(value.sum() - 1) <= 1e-5
+        return None if close else f"must sum to 1, sums to {value.sum():g}"
+
+
 def real() -> Constraint:
     """Any real number: free units are the natural ones. What is not named is `real`."""
     return Real()
@@ -176,8 +206,11 @@ def fixed() -> Constraint:
 
 
 def simplex() -> Constraint:
-    """Non-negative entries that sum to one."""
-    raise NotImplementedError("simplex constraints come with a later release.")
+    """Positive entries that sum to one, over all entries of the leaf: natural = softmax(free).
+
+    The free units are n logits whose mean is projected out, so that they stay bounded.
+    """
+    return Simplex()
 
 
 def integer(lo: int, hi: int) -> Constraint:
@@ -278,34 +311,15 @@ def bind(spec, hparams) -> BoundConstraints:
     Raises:
       ValueError: a name or a structure that hparams do not have.
     """
-    leaves, treedef = jax.tree.flatten(hparams)
-    bound: list[Constraint] = []
-    _bind_into(bound, spec.tree() if hasattr(spec, "tree") else spec, hparams, "")
-    assert len(bound) == len(leaves)
-    return BoundConstraints(tuple(bound), treedef)
-
-
-def _bind_into(bound: list[Constraint], spec, tree, path: str) -> None:
-    if spec is None or isinstance(spec, Constraint):
-        bound.extend([spec or Real()] * len(jax.tree.leaves(tree)))
-        return
-    children = _children(tree)
-    specs = _children(spec)
-    unknown = [name for name in specs if name not in children]
-    if unknown or (not isinstance(spec, Mapping) and len(specs) != len(children)):
-        have = ", ".join(children) if children else "no parts: it is one array"
-        raise ValueError(
-            f"constraints{path} names {', '.join(unknown) or 'only some parts'}, but hparams{path} has "
-            f"{have}. Constraints follow the structure of hparams, or a prefix of it."
-        )
-    for name, child in children.items():
-        _bind_into(bound, specs.get(name), child, path + name)
-
-
-def _children(tree) -> dict[str, Any]:
-    """One level down, in the order of the leaves; empty for an array."""
-    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
-    return {jax.tree_util.keystr(path): child for path, child in pairs if path}
+    leaves = spread(
+        spec.tree() if hasattr(spec, "tree") else spec,
+        hparams,
+        Real(),
+        lambda x: isinstance(x, Constraint),
+        "constraints",
+        "hparams",
+    )
+    return BoundConstraints(tuple(leaves), jax.tree.structure(hparams))
 
 
 def _short(value) -> str:

@@ -94,22 +94,42 @@ class Minibatches:
 
     arrays: PyTree
     batch_size: int = static()
+    strata: int = static(default=1)
+    fixed: bool = static(default=False)
     sampled = True
     restarts = False
     renewed = True
 
     @property
     def num_batches(self) -> int:
-        return rows(self.arrays) // self.batch_size
+        return (rows(self.arrays) // self.strata) // (self.batch_size // self.strata)
 
     def batch(self, key, t):
         index = self.index(key, t)
-        return jax.tree.map(lambda array: array[index], self.arrays)
+        if self.strata == 1:
+            return jax.tree.map(lambda array: array[index], self.arrays)
+        block = rows(self.arrays) // self.strata
+        local = index.reshape(self.strata, -1) - block * jnp.arange(self.strata)[:, None]
+
+        def take(array):
+            # One gather inside each block of rows, which stays where the block lies.
+            blocks = array[: block * self.strata].reshape(self.strata, block, *array.shape[1:])
+            return jax.vmap(lambda rows, i: rows[i])(blocks, local).reshape(-1, *array.shape[1:])
+
+        return jax.tree.map(take, self.arrays)
 
     def index(self, key, t):
         epoch, place = jnp.divmod(jnp.asarray(t), self.num_batches)
-        positions = place * self.batch_size + jnp.arange(self.batch_size, dtype=place.dtype)
-        return permute(jax.random.fold_in(key, epoch), positions, rows(self.arrays))
+        shuffle = jax.random.fold_in(key, epoch)
+        if self.fixed:
+            place, shuffle = permute(shuffle, place[None], self.num_batches)[0], key
+        share, block = self.batch_size // self.strata, rows(self.arrays) // self.strata
+        positions = place * share + jnp.arange(share, dtype=place.dtype)
+        if self.strata == 1:
+            return permute(shuffle, positions, block)
+        keys = jax.vmap(lambda s: jax.random.fold_in(shuffle, s))(jnp.arange(self.strata))
+        local = jax.vmap(lambda k: permute(k, positions, block))(keys)
+        return (local + block * jnp.arange(self.strata, dtype=local.dtype)[:, None]).reshape(-1)
 
     def whole(self, key):
         del key
@@ -182,8 +202,9 @@ def minibatches(arrays, batch_size: int, strata: int = 1, fixed: bool = False) -
     Args:
       arrays: a pytree of arrays with the same leading axis, one row per example.
       batch_size: rows in a batch, at most the number of rows.
-      strata: draw a share of each batch from each of so many blocks of rows.
-      fixed: visit the same batches in shuffled order.
+      strata: draw an equal share of each batch from each of so many contiguous blocks of rows: sampling
+        stays local to devices that hold whole blocks. Rows beyond a multiple of it are left out.
+      fixed: every epoch visits the same batches, in shuffled order (for tables kept per batch).
 
     Raises:
       TypeError, ValueError: arrays that are ragged, empty or not numeric; a batch size that does not fit.
@@ -196,17 +217,17 @@ def minibatches(arrays, batch_size: int, strata: int = 1, fixed: bool = False) -
       >>> sorted(epoch)
       [0, 1, 2, 3, 4, 5]
     """
-    if strata != 1:
-        raise NotImplementedError("minibatches(strata=) comes with a later release.")
-    if fixed:
-        raise NotImplementedError("minibatches(fixed=True) comes with a later release.")
     arrays = as_arrays(arrays, "minibatches(arrays)")
     n = _leading_axis(arrays, "minibatches(arrays)")
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
         raise TypeError(f"batch_size must be a whole number, got {batch_size!r}.")
     if not 1 <= batch_size <= n:
         raise ValueError(f"batch_size must be from 1 to the {n} rows of the data, got {batch_size}.")
-    return Minibatches(arrays, int(batch_size))
+    if isinstance(strata, bool) or not isinstance(strata, (int, np.integer)):
+        raise TypeError(f"strata must be a whole number, got {strata!r}.")
+    if strata < 1 or batch_size % strata or n // strata < batch_size // strata:
+        raise ValueError(f"strata must divide batch_size = {batch_size}, got {strata}.")
+    return Minibatches(arrays, int(batch_size), int(strata), bool(fixed))
 
 
 def stacked(batches) -> Stacked:
@@ -235,10 +256,27 @@ def with_rng(source) -> WithRng:
     return WithRng(source if is_iterable(source) else as_source(source, "with_rng(source)"))
 
 
-def episodes(iterable):
-    """One pair (train, valid) per outer step, used at every inner step."""
-    del iterable
-    raise NotImplementedError("episodes come with a later release.")
+@dataclasses.dataclass(frozen=True)
+class Episodes:
+    """See `episodes`."""
+
+    pairs: Any
+
+
+def episodes(iterable) -> Episodes:
+    """One pair ``(train, valid)`` per outer step, each used whole at every inner step: meta-learning.
+
+    It stands for both: pass it as ``train`` to `bilevel.optimize` and None as ``valid``.
+
+    Args:
+      iterable: of pairs of pytrees of arrays, all of the same shapes.
+
+    Raises:
+      TypeError: not an iterable.
+    """
+    if not is_iterable(iterable) and not isinstance(iterable, (list, tuple)):
+        raise TypeError(f"episodes takes an iterable of pairs (train, valid), got {iterable!r:.80}.")
+    return Episodes(iterable)
 
 
 # --- For methods and the driver --------------------------------------------------------------------

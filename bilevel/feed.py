@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import validation
-from bilevel.data import Source, Stacked, Whole, WithRng, as_arrays
+from bilevel.data import Episodes, Source, Stacked, Whole, WithRng, as_arrays
 from bilevel.problem import PyTree, register, static
 
 _AHEAD = 64

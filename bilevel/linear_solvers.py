@@ -1,4 +1,4 @@
-"""Solvers of ``A x = b`` for pytrees, where A is known by its products.
+"""Solvers of ``A x = b`` for pytrees, where A is known by its products; all of them can be imported here.
 
 The systems are those of implicit differentiation, ``H v = d_params outer`` with the inner Hessian H.
 Every solver reports what is left: the norm of the residual, its iterations, and whether it met negative
@@ -8,38 +8,22 @@ curvature, in which case H is not that of a minimum and the answer means little.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from bilevel import validation
+from bilevel.gmres import gmres
+from bilevel.nystrom import nystrom
 from bilevel.problem import Preconditioner, PyTree, SolveInfo
+from bilevel.vectors import axpy, norm, size_of, threshold, vdot, where
+
+__all__ = ["axpy", "cg", "dense", "gmres", "neumann", "norm", "nystrom", "sgd", "vdot", "where"]
 
 # Above this many parameters a dense matrix is refused (it would hold 200 MB in float64).
 DENSE_LIMIT = 5000
-
-
-def vdot(a: PyTree, b: PyTree) -> jax.Array:
-    """Inner product over all leaves; a scalar."""
-    parts = [jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
-    return sum(parts[1:], start=parts[0])
-
-
-def norm(a: PyTree) -> jax.Array:
-    """Euclidean norm over all leaves; a scalar."""
-    return jnp.sqrt(vdot(a, a))
-
-
-def axpy(alpha, x: PyTree, y: PyTree) -> PyTree:
-    """``alpha x + y`` leaf by leaf, in the dtype of ``y``."""
-    return jax.tree.map(lambda a, b: (alpha * a + b).astype(b.dtype), x, y)
-
-
-def where(condition, x: PyTree, y: PyTree) -> PyTree:
-    """Leaf by leaf ``x`` where a scalar condition holds, else ``y``."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
 
 
 class _CGLoop(NamedTuple):
@@ -57,6 +41,13 @@ class CGState(NamedTuple):
 
     x: PyTree
     preconditioner: PyTree
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """State of a preconditioner that says how many products its last update took."""
+
+    products: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +68,8 @@ class CG:
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
         """``(A + damping I) x = b`` from the last solution; ``rtol``, ``atol`` replace the settings."""
         bb = vdot(b, b)
-        if rtol is None:
-            rtol = jnp.sqrt(jnp.finfo(bb.dtype).eps) if self.tol is None else self.tol
-        atol = self.atol if atol is None else atol
-        target = jnp.maximum(jnp.square(rtol) * bb, jnp.square(atol)).astype(bb.dtype)
+        rtol, atol = self.tol if rtol is None else rtol, self.atol if atol is None else atol
+        target = threshold(bb, rtol, atol)
 
         def product(v):
             return axpy(self.damping, v, matvec(v)) if self.damping else matvec(v)
@@ -124,7 +113,8 @@ class CG:
         start = _CGLoop(cold, b, direction, rz, rr, jnp.int32(-1), jnp.bool_(False))
         end = jax.lax.while_loop(going, step, start)
         residual = jnp.sqrt(end.rz if end.rr is None else end.rr)
-        info = SolveInfo(residual, end.steps, end.steps + 1, end.negative_curvature)
+        spent = preconditioner.products if isinstance(preconditioner, Counted) else 0
+        info = SolveInfo(residual, end.steps, end.steps + 1 + spent, end.negative_curvature)
         return end.x, CGState(end.x, preconditioner), info
 
 
@@ -146,7 +136,8 @@ def cg(
       tol: relative to the right-hand side; default the square root of the dtype's rounding unit
         (1.5e-8 in float64, 3.5e-4 in float32); 0 for a fixed number of steps.
       atol: absolute.
-      preconditioner: an object with the three functions of `bilevel.problem.Preconditioner`.
+      preconditioner: such as `bilevel.nystrom`, or any object with the three functions of
+        `bilevel.problem.Preconditioner`. Products that its state has in a field ``products`` are counted.
       damping: solve ``(A + damping I) x = b`` instead. This is a bias, and the error of an
         implicit estimate, measured against A, shows it.
 
@@ -233,7 +224,7 @@ class Dense:
 
     def init(self, params):
         """No state; refuses what does not fit."""
-        size = sum(x.size for x in jax.tree.leaves(params))
+        size = size_of(params)
         if size > DENSE_LIMIT:
             raise ValueError(
                 f"bilevel.dense() would form a matrix of {size} x {size}; it takes at most {DENSE_LIMIT} "
@@ -266,19 +257,52 @@ def dense() -> Dense:
     return Dense()
 
 
-def nystrom(rank: int, damping: float) -> Any:
-    """Low-rank approximation from some columns of the matrix."""
-    del rank, damping
-    raise NotImplementedError("the Nystrom solver comes with a later release.")
+class SGDState(NamedTuple):
+    """The running vector."""
+
+    v: PyTree
 
 
-def gmres(max_steps: int = 100) -> Any:
-    """For the non-symmetric systems of fixed points."""
-    del max_steps
-    raise NotImplementedError("the gmres solver comes with a later release.")
+@dataclasses.dataclass(frozen=True)
+class SGD:
+    """See `sgd`."""
+
+    step_size: float
+
+    def init(self, params):
+        """Zeros."""
+        return SGDState(jax.tree.map(jnp.zeros_like, params))
+
+    def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
+        """One step from the running vector, with the curvature of a fresh batch where there are some."""
+        del key, rtol, atol
+        product = matvec(state.v, 0)
+        left = axpy(-1.0, b, product)
+        negative = (vdot(state.v, product) <= 0) & (vdot(state.v, state.v) > 0)
+        v = axpy(-self.step_size, left, state.v)
+        return v, SGDState(v), SolveInfo(norm(left), jnp.int32(1), jnp.int32(1), negative)
 
 
-def sgd(step_size: float) -> Any:
-    """One running gradient step per solve, for single-loop methods."""
-    del step_size
-    raise NotImplementedError("the sgd solver comes with a later release.")
+def sgd(step_size: float) -> SGD:
+    """One running gradient step per solve, ``v <- v - step_size (A v - b)``, for single-loop methods.
+
+    Params, v and hparams then move at the same pace, one step each, and v is right once all have settled: on
+    the way it lags behind, and so does the hypergradient. It answers with v after the step. One product,
+    with a fresh batch where the source is sampled, and one vector of memory. The residual it reports
+    is that of v before the step.
+
+    Converges for ``0 < step_size < 2 / lambda_max(A)``: while A and b stay, each solve multiplies the error
+    by ``1 - step_size mu`` at most, for small steps and the smallest eigenvalue mu. T solves from zero are
+    `neumann` with T terms.
+
+    Args:
+      step_size: about the inverse of the largest eigenvalue; smaller with mini-batches.
+
+    Raises:
+      TypeError, ValueError: a setting that is no number or out of range.
+
+    References:
+      Dagreou, Ablin, Vaiter and Moreau, "A framework for bilevel optimization that enables stochastic and
+      global variance reduction algorithms", 2022, arXiv:2201.13409.
+    """
+    return SGD(validation.number("step_size", step_size, positive=True))

@@ -16,7 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.feed import Fed
-from bilevel.problem import CERTIFIED, Method, Problem, PyTree, Status, inner_value, outer_value, register
+from bilevel.problem import (
+    CERTIFIED,
+    FixedPoint,
+    Method,
+    Problem,
+    PyTree,
+    Status,
+    inner_value,
+    outer_value,
+    register,
+    updated,
+)
 
 # Leaves of hparams up to this size are reported entry by entry, larger ones by quantiles ...
 _ENTRIES = 32
@@ -34,7 +45,7 @@ COLUMNS = (
 class Plan:
     """What a chunk is compiled for."""
 
-    problem: Problem
+    problem: Problem | FixedPoint
     method: Method
     capacity: int
     judge_every: int
@@ -66,7 +77,7 @@ class Carry:
     state: Any
     key: jax.Array
     hparams: PyTree
-    best: PyTree  # (params, hparams, value, step), or None
+    best: PyTree  # (params, hparams, model_state, value, step), or None
     rows: jax.Array
     trail: jax.Array
     step: jax.Array
@@ -91,21 +102,28 @@ def compiled_start(plan: Plan):
 def compiled_test(plan: Plan):
     """The jitted outer loss and metrics of a plan on all rows of a source."""
 
-    def measure(params, hparams, key, source):
-        return outer_value(plan.problem, params, hparams, source.whole(key), None)
+    def measure(params, hparams, model_state, key, source):
+        hparams = plan.method.seen(hparams, -1)
+        return outer_value(plan.problem, params, hparams, source.whole(key), model_state)
 
     return jax.jit(measure)
 
 
-def _start(plan: Plan, params, hparams, key, train, valid):
-    """The first carry, and both losses at the start."""
-    problem = plan.problem
-    state = plan.method.init(problem, params, hparams, train, valid, key=key)
-    inner, _ = inner_value(problem, params, hparams, train.batch(key, 0), None)
-    outer, _ = outer_value(problem, params, hparams, valid.batch(key, 0), None)
+def _start(plan: Plan, params, hparams, key, train, valid, model_state):
+    """The first carry, and both losses at the start (of a fixed point the sum of the map)."""
+    problem, batch = plan.problem, train.batch(key, 0)
+    state = plan.method.init(problem, params, hparams, train, valid, key=key, model_state=model_state)
+    first, last = plan.method.seen(hparams, 0), plan.method.seen(hparams, -1)
+    if isinstance(problem, FixedPoint):
+        after, _ = updated(problem, params, first, batch, model_state)
+        inner = functools.reduce(jnp.add, map(jnp.sum, jax.tree.leaves(after)))
+    else:
+        inner, _ = inner_value(problem, params, first, batch, model_state)
+    outer, _ = outer_value(problem, params, last, valid.batch(key, 0), model_state)
     best = None
     if plan.keep_best:
-        best = (_copy(params), _copy(hparams), jnp.full_like(outer, jnp.inf), jnp.int32(0))
+        pair = _copy((params, hparams, model_state))
+        best = (*pair, jnp.full_like(outer, jnp.inf), jnp.int32(0))
     carry = Carry(
         state=state,
         key=_copy(key),
@@ -137,8 +155,8 @@ def _chunk(plan: Plan, carry: Carry, stop, tol, train, valid, test) -> Carry:
         values, value = _row(plan, info, due, carry.key, valid, test)
         best = carry.best
         if best is not None:
-            better = info.accepted & (value < best[2])
-            new = (info.params, info.hparams, value, t)
+            better = info.accepted & (value < best[3])
+            new = (info.params, info.hparams, info.model_state, value, t)
             best = jax.lax.cond(better, lambda: new, lambda: best)
         gap = info.grad_norm + (info.error if info.error_kind == CERTIFIED else 0)
         done = info.accepted & due & (gap <= tol) & (info.status == Status.RUNNING)
@@ -170,7 +188,8 @@ def _row(plan: Plan, info, due, key, valid, test):
 
     def outer_on(batch):
         def measure():
-            out, metrics = outer_value(plan.problem, info.params, info.hparams, batch, info.model_state)
+            hparams = plan.method.seen(info.hparams, -1)
+            out, metrics = outer_value(plan.problem, info.params, hparams, batch, info.model_state)
             return jnp.stack([out, *(metrics[name].astype(out.dtype) for name in plan.metrics)])
 
         width = 1 + len(plan.metrics)

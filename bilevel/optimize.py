@@ -59,7 +59,8 @@ def optimize(
 
     Args:
       problem: what is solved.
-      params: where the inner problem starts; a pytree of floating arrays.
+      params: where the inner problem starts; a pytree of floating arrays. May be None for a problem with a
+        ``start`` of its own.
       hparams: where the hyperparameters start; a pytree of floating arrays or floats, natural units.
       train: training data: a pytree of arrays (used whole), `minibatches`, `stacked`, `with_rng`, or any
         Python iterable of batches.
@@ -75,7 +76,7 @@ def optimize(
       tol: stop when ``grad_norm`` (free units; plus the method's certified error) is at most this.
       test: a third split; outer is reported on it, never optimised.
       constraints: replaces the problem's.
-      model_state: mutable model state, for problems that have it.
+      model_state: mutable model state, for problems with ``has_state``.
       population: members to run in one program.
       judge_every: how often ``tol`` takes effect, a sampled validation source is judged on all its rows,
         ``test`` is measured and callbacks are called; outer steps.
@@ -110,8 +111,6 @@ def optimize(
     for name, value in (("mesh", mesh), ("checkpoint", checkpoint), ("population", population)):
         if value is not None:
             raise NotImplementedError(f"{name}= comes with a later release.")
-    if model_state is not None:
-        raise NotImplementedError("model_state= comes with has_state=True, in a later release.")
     validation.kind("problem", problem, "a problem")
     if constraints is not None:
         problem = dataclasses.replace(problem, constraints=constraints)
@@ -121,9 +120,7 @@ def optimize(
     tol = -1.0 if tol is None else validation.number("tol", tol, minimum=0.0)
     key = _default_key() if key is None else validation.random_key("key", key)
     callbacks = _callbacks(callbacks)
-    params = validation.floating(params, "params")
     hparams = validation.floating(hparams, "hparams")
-    validation.finite(params, "params")
     validation.finite(hparams, "hparams")
     bind(problem.constraints, hparams).check(hparams)
 
@@ -134,11 +131,28 @@ def optimize(
             _source(feeds, train, "train", per_step, single=False),
             _source(feeds, valid, "valid", 1, single=True),
         ]
+        examples = [source.example() if isinstance(source, Feed) else source for source in sources]
+        data.check_sources(examples[0], examples[1], per_step)
         test = None if test is None else data.whole_source(data.as_source(test, "test"), "test")
-        plan = _plan(problem, method, params, hparams, sources, test, judge_every, keep_best)
-        carry, *start_values = loop.compiled_start(plan)(
-            params, hparams, key, *(s.example() if isinstance(s, Feed) else s for s in sources)
+        seen = method.seen(hparams, 0)
+        params = validation.first_params(problem, params, seen, lambda: examples[0].batch(key, 0), key)
+        batch, valid_batch = (data.abstract_batch(source) for source in examples)
+        metrics = validation.metric_names(problem, params, seen, batch, valid_batch, model_state)
+        if test is not None:
+            test_batch = data.abstract_batch(test, whole=True)
+            validation.metric_names(problem, params, seen, batch, test_batch, model_state)
+        plan = loop.Plan(
+            problem=problem,
+            method=method,
+            capacity=_FED_CAPACITY if feeds else _CAPACITY,
+            judge_every=judge_every,
+            keep_best=bool(keep_best) and not isinstance(sources[1], Feed),
+            judges=examples[1].sampled,
+            tests=test is not None,
+            metrics=metrics,
         )
+        _check_columns(plan)
+        carry, *start_values = loop.compiled_start(plan)(params, hparams, key, *examples, model_state)
         validation.finite_losses(*(np.asarray(value) for value in start_values))
         return Run(plan, carry, sources, test, steps, tol, callbacks, began).go(progress)
     finally:
@@ -166,28 +180,8 @@ def _source(feeds: list[Feed], value, name: str, per_step: int, single: bool):
     return data.as_source(value, name)
 
 
-def _plan(problem, method, params, hparams, sources, test, judge_every, keep_best) -> loop.Plan:
-    examples = [s.example() if isinstance(s, Feed) else s for s in sources]
-    data.check_sources(examples[0], examples[1], method.batches_per_step[0])
-    train_batch, valid_batch = (data.abstract_batch(source) for source in examples)
-    tuned = validation.tuned_leaves(problem, hparams)
-    metrics = validation.problem_on_data(problem, tuned, params, hparams, train_batch, valid_batch)
-    if test is not None:
-        test_batch = data.abstract_batch(test, whole=True)
-        validation.problem_on_data(problem, tuned, params, hparams, train_batch, test_batch)
-    train, valid = sources
-    plan = loop.Plan(
-        problem=problem,
-        method=method,
-        capacity=_FED_CAPACITY if isinstance(train, Feed) or isinstance(valid, Feed) else _CAPACITY,
-        judge_every=judge_every,
-        keep_best=bool(keep_best) and not isinstance(valid, Feed),
-        judges=not isinstance(valid, Feed) and valid.sampled,
-        tests=test is not None,
-        metrics=metrics,
-    )
+def _check_columns(plan: loop.Plan) -> None:
     names = ["step", "seconds", "judged", "test", *plan.columns]
-    clash = sorted(name for name in metrics if names.count(name) > 1)
+    clash = sorted(name for name in plan.metrics if names.count(name) > 1)
     if clash:
         raise ValueError(f"outer: metrics named {', '.join(clash)} clash with columns of the history.")
-    return plan

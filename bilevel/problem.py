@@ -114,9 +114,11 @@ class Problem:
         validation loss; metrics become columns of the history.
       constraints: where hparams live: one constraint for all, a tree that matches hparams or a prefix
         of it, or a dict of names of subtrees. What is not named is unconstrained.
-      start: ``(hparams, batch, key) -> params``, where every outer step begins.
-      has_state: the losses take a fourth argument, mutable model state, and inner returns
-        ``(loss, state)``.
+      start: ``(hparams, batch, key) -> params``, where every outer step begins, with a fresh optimiser
+        state; trajectory estimators differentiate through it.
+      has_state: the losses take a fourth argument, mutable model state (BatchNorm statistics), and inner
+        returns ``(loss, state)``. Inner steps advance it; trajectory estimators differentiate through it,
+        implicit ones hold it constant, which is a bias.
       smoothness: constants that turn error estimates into certificates.
 
     Raises:
@@ -151,9 +153,23 @@ class Problem:
 class FixedPoint:
     """A bilevel problem whose inner solution is a fixed point: ``params == update(params, ...)``.
 
+    The map is its own inner step, so that methods take ``inner=None``. Its implicit system
+    ``(I - A)^T v = b`` with ``A = d_params update`` is not symmetric: take `bilevel.gmres`, `bilevel.neumann`
+    or `bilevel.dense`.
+
     Args:
       update: ``(params, hparams, batch) -> params``, for instance one step of EM.
-      outer: as in `Problem`; so are the further arguments.
+      outer: as in `Problem`; so are the further arguments. With ``has_state`` the map takes the model state
+        as fourth argument and returns ``(params, state)``.
+
+    Example:
+      >>> import bilevel
+      >>> def relax(params, hparams, batch):
+      ...     return 0.5 * (params + hparams / params)
+      >>> def miss(params, hparams, batch):
+      ...     return 0.5 * (params - batch) ** 2
+      >>> bilevel.FixedPoint(relax, miss)
+      FixedPoint(update=relax, outer=miss)
     """
 
     update: Callable
@@ -166,41 +182,67 @@ class FixedPoint:
     def __post_init__(self):
         _require_callable("update", self.update, "(params, hparams, batch) -> params")
         _finish_problem(self)
-        raise NotImplementedError("FixedPoint problems come with a later release.")
 
     def __repr__(self) -> str:
         return _repr_problem(self, "update")
 
 
-def composite(predict: Callable, loss: Callable, penalty: Callable | None = None) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class Composite:
+    """See `composite`."""
+
+    predict: Callable
+    loss: Callable
+    penalty: Callable | None = None
+
+    def __call__(self, params, hparams, batch):
+        value = self.loss(self.predict(params, hparams, batch), hparams, batch)
+        return value if self.penalty is None else value + self.penalty(params, hparams)
+
+
+def composite(predict: Callable, loss: Callable, penalty: Callable | None = None) -> Composite:
     """An inner loss of known structure: ``loss(predict(params)) + penalty(params)``.
+
+    It is called like any inner loss, and lets `bilevel.implicit` take the Gauss-Newton matrix for the
+    Hessian, which is positive semi-definite wherever params are.
 
     Args:
       predict: ``(params, hparams, batch) -> outputs``.
       loss: ``(outputs, hparams, batch) -> scalar``, convex in outputs.
-      penalty: ``(params, hparams) -> scalar`` or None.
+      penalty: ``(params, hparams) -> scalar``, convex in params, or None.
+
+    Raises:
+      TypeError: one of them is no function.
     """
-    del predict, loss, penalty
-    raise NotImplementedError("composite losses come with a later release.")
+    _require_callable("predict", predict, "(params, hparams, batch) -> outputs")
+    _require_callable("loss", loss, "(outputs, hparams, batch) -> scalar")
+    if penalty is not None:
+        _require_callable("penalty", penalty, "(params, hparams) -> scalar")
+    return Composite(predict, loss, penalty)
 
 
-def lift(problem: Problem) -> Problem:
-    """The problem with a leading axis on params, train and valid, and hparams shared."""
-    del problem
-    raise NotImplementedError("lifted problems come with a later release.")
-
-
-def inner_value(problem: Problem, params, hparams, batch, model_state) -> tuple[jax.Array, PyTree]:
+def inner_value(problem: Any, params, hparams, batch, model_state) -> tuple[jax.Array, PyTree]:
     """Inner loss and the model state after it."""
-    return jnp.asarray(problem.inner(params, hparams, batch)), model_state
+    if problem.has_state:
+        value, model_state = problem.inner(params, hparams, batch, model_state)
+    else:
+        value = problem.inner(params, hparams, batch)
+    return jnp.asarray(value), model_state
 
 
-def outer_value(problem: Problem, params, hparams, batch, model_state) -> tuple[jax.Array, dict]:
+def outer_value(problem: Problem | FixedPoint, params, hparams, batch, model_state) -> tuple[jax.Array, dict]:
     """Outer loss and its dict of metrics, empty where the loss returns a bare scalar."""
-    del model_state
-    out = problem.outer(params, hparams, batch)
+    extra = (model_state,) if problem.has_state else ()
+    out = problem.outer(params, hparams, batch, *extra)
     value, metrics = out if isinstance(out, tuple) else (out, {})
     return jnp.asarray(value), metrics
+
+
+def updated(problem: Any, params, hparams, batch, model_state) -> tuple[Params, PyTree]:
+    """The map of a fixed point: new params and the model state after it."""
+    if problem.has_state:
+        return problem.update(params, hparams, batch, model_state)
+    return problem.update(params, hparams, batch), model_state
 
 
 def _require_callable(name: str, fn, signature: str) -> None:
@@ -222,9 +264,7 @@ def _finish_problem(problem: Problem | FixedPoint) -> None:
     if problem.smoothness is not None:
         raise NotImplementedError("smoothness= (certificates) comes with a later release.")
     if problem.start is not None:
-        raise NotImplementedError("start= (where every outer step begins) comes with a later release.")
-    if problem.has_state:
-        raise NotImplementedError("has_state= (mutable model state) comes with a later release.")
+        _require_callable("start", problem.start, "(hparams, batch, key) -> params")
 
 
 def _repr_problem(problem: Problem | FixedPoint, level: str) -> str:
@@ -370,6 +410,8 @@ class Info:
     error_kind: str = static(default=NONE)
 
 
+AnyProblem = Problem | FixedPoint
+
 # --- Protocols ---------------------------------------------------------------------------------------
 
 
@@ -409,12 +451,12 @@ class Preconditioner(Protocol):
 class InnerSolver(Protocol):
     """Moves a point until the inner gradient norm is at most ``atol``, or a cap is hit."""
 
-    def init(self, problem: Problem, point: Point, hparams: HParams) -> PyTree:
+    def init(self, problem: AnyProblem, point: Point, hparams: HParams) -> PyTree:
         """State before the first solve."""
         ...
 
     def solve(
-        self, problem: Problem, state, point: Point, hparams, draw: Draw, key, *, atol=None
+        self, problem: AnyProblem, state, point: Point, hparams, draw: Draw, key, *, atol=None
     ) -> tuple[Point, PyTree, SolveInfo]:
         """The point it reached, and what it measured there."""
         ...
@@ -426,7 +468,8 @@ class Estimator(Protocol):
 
     ``trajectory`` says whether it moves the point itself (unrolled, forward) or takes it as the inner
     solution (implicit). One that does is a dataclass with the fields ``inner``, an optax optimiser, and
-    ``steps``, both None where they are left to the method it is used in.
+    ``steps``, both None where they are left to the method it is used in, and with the function
+    ``seen(hparams, j)``: what the losses and optimisers see at inner step ``j``.
     """
 
     @property
@@ -434,12 +477,12 @@ class Estimator(Protocol):
         """Whether ``estimate`` advances the point."""
         ...
 
-    def init(self, problem: Problem, point: Point, hparams: HParams) -> PyTree:
+    def init(self, problem: AnyProblem, point: Point, hparams: HParams) -> PyTree:
         """State before the first estimate: the linear solver's, response parameters."""
         ...
 
     def estimate(
-        self, problem: Problem, state, point: Point, hparams, draw: Draw, valid: Batch, key
+        self, problem: AnyProblem, state, point: Point, hparams, draw: Draw, valid: Batch, key
     ) -> tuple[Estimate, PyTree]:
         """The estimate at hparams (natural units), and the state for the next one."""
         ...
@@ -454,11 +497,15 @@ class Method(Protocol):
         """Training and validation batches that one outer step takes."""
         ...
 
-    def init(self, problem: Problem, params, hparams, train, valid, *, key, model_state=None) -> PyTree:
+    def init(self, problem: AnyProblem, params, hparams, train, valid, *, key, model_state=None) -> PyTree:
         """The first state; it has the properties ``params`` and ``hparams`` (natural units)."""
         ...
 
-    def step(self, problem: Problem, state, train, valid) -> tuple[PyTree, Info]:
+    def seen(self, hparams: HParams, j) -> HParams:
+        """What the losses see at inner step ``j`` (outer: -1) of hparams, which may hold a schedule."""
+        ...
+
+    def step(self, problem: AnyProblem, state, train, valid) -> tuple[PyTree, Info]:
         """One outer step. It rejects itself, and keeps the state, where a result is not finite."""
         ...
 

@@ -21,6 +21,7 @@ class Best:
     hparams: HParams
     value: float
     step: int
+    model_state: PyTree = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Result:
             "trajectory_steps": self.trajectory.steps,
             "trajectory": self.trajectory.hparams,
             "model_state": self.model_state,
+            "best_model_state": self.best.model_state,
         }
         meta = {
             "kind": "result",
@@ -154,7 +156,13 @@ def load(path: str | os.PathLike, like=None) -> Result:
     return Result(
         params=trees["params"],
         hparams=trees["hparams"],
-        best=Best(trees["best_params"], trees["best_hparams"], meta["best_value"], meta["best_step"]),
+        best=Best(
+            params=trees["best_params"],
+            hparams=trees["best_hparams"],
+            value=meta["best_value"],
+            step=meta["best_step"],
+            model_state=trees["best_model_state"],
+        ),
         history=trees["history"],
         trajectory=Trajectory(trees["trajectory_steps"], trees["trajectory"], tuple(meta["quantiles"])),
         status=Status[meta["status"]],
@@ -167,7 +175,7 @@ def load(path: str | os.PathLike, like=None) -> Result:
 
 _TREES = {
     "params", "hparams", "best_params", "best_hparams", "history", "trajectory_steps", "trajectory",
-    "model_state",
+    "model_state", "best_model_state",
 }  # fmt: skip
 _META = {"status", "message", "seconds", "best_value", "best_step", "quantiles", "test"}
 

@@ -193,21 +193,26 @@ class Run:
             message=" ".join([message, *advice]),
             seconds=time.perf_counter() - self.began,
             test=self._test(params, hparams, best),
+            model_state=state.model_state,
             state=state,
         )
 
     def _best(self, params, hparams, history) -> Best:
-        if self.carry.best is not None and np.isfinite(self.carry.best[2]):
-            best_params, best_hparams, value, step = self.carry.best
-            return Best(best_params, best_hparams, float(value), int(step))
+        if self.carry.best is not None and np.isfinite(self.carry.best[3]):
+            best_params, best_hparams, model_state, value, step = self.carry.best
+            return Best(best_params, best_hparams, float(value), int(step), model_state)
         good = np.flatnonzero(history["accepted"])
         value = float(history["value"][good[-1]]) if len(good) else float("nan")
-        return Best(params, hparams, value, int(good[-1]) if len(good) else 0)
+        step = int(good[-1]) if len(good) else 0
+        return Best(params, hparams, value, step, self.carry.state.model_state)
 
     def _test(self, params, hparams, best) -> dict[str, dict[str, float]] | None:
         if self.test is None:
             return None
-        pairs = {"last": (params, hparams), "best": (best.params, best.hparams)}
+        pairs = {
+            "last": (params, hparams, self.carry.state.model_state),
+            "best": (best.params, best.hparams, best.model_state),
+        }
         measured = {}
         for name, pair in pairs.items():
             value, metrics = loop.compiled_test(self.plan)(*pair, self.carry.key, self.test)

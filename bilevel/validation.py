@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bilevel.constraints import Fixed, bind
+from bilevel.inner_solvers import Tuned, inner_step, start_point
 from bilevel.problem import (
     Estimator,
+    FixedPoint,
     LinearSolver,
     Method,
     Problem,
@@ -20,8 +23,6 @@ from bilevel.problem import (
     inner_value,
     outer_value,
 )
-
-_SIGNATURE = "(params, hparams, batch)"
 
 
 def name_of(path) -> str:
@@ -136,7 +137,18 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
         lambda x: isinstance(x, tuple) and hasattr(x, "init") and hasattr(x, "update"),
         "optax.adam(1e-2)",
     ),
-    "a problem": (lambda x: isinstance(x, Problem), "bilevel.Problem(inner=..., outer=...)"),
+    "an inner optimiser": (
+        lambda x: isinstance(x, Tuned) or _KINDS["an optax optimiser"][0](x),
+        "optax.adam(1e-2) or bilevel.tuned(...)",
+    ),
+    "an inner optimiser or solver": (
+        lambda x: _KINDS["an optax optimiser"][0](x) or _KINDS["an inner solver"][0](x),
+        "optax.adam(1e-2)",
+    ),
+    "a problem": (
+        lambda x: isinstance(x, (Problem, FixedPoint)),
+        "bilevel.Problem(inner=..., outer=...)",
+    ),
 }
 
 
@@ -156,7 +168,7 @@ def _what(value) -> str:
         )
     for what, (is_kind, _) in _KINDS.items():
         if is_kind(value):
-            return what if what == "an optax optimiser" else f"{what}, {value!r}"
+            return what if what == "an optax optimiser" else f"{what}, {value!r:.120}"
     return repr(value)
 
 
@@ -174,38 +186,90 @@ def describe(tree: PyTree) -> str:
     return text if len(text) < 400 else text[:400] + "..."
 
 
-def losses(problem: Problem, params, hparams, train_batch, valid_batch) -> tuple[str, ...]:
-    """Both losses are floating scalars of the arguments given, by shapes alone; names of the metrics.
+def losses(problem, params, hparams, train_batch, valid_batch, model_state=None) -> tuple[str, ...]:
+    """Both levels fit the arguments given, by shapes alone; returns the names of the metrics.
 
     Raises:
-      TypeError: wrong signature, or not a real floating scalar; ValueError: a loss that fails on the
-        shapes given, or params that the inner loss does not depend on.
+      TypeError: wrong signature, or not a real floating scalar; ValueError: a function that fails on the
+        shapes given, or returns another structure than it must.
     """
-    _scalar_loss("inner", problem.inner, (params, hparams, train_batch), metrics=False)
-    return _scalar_loss("outer", problem.outer, (params, hparams, valid_batch), metrics=True)
+    state = (model_state,) if problem.has_state else ()
+    args = (params, hparams, train_batch, *state)
+    if isinstance(problem, FixedPoint):
+        _same_tree("update", _shapes_of("update", problem.update, args), (params, *state))
+    else:
+        _scalar_loss("inner", problem.inner, args, state)
+    return _scalar_loss("outer", problem.outer, (params, hparams, valid_batch, *state), None)
 
 
-def _scalar_loss(name: str, fn, args, metrics: bool) -> tuple[str, ...]:
+def _same_tree(name: str, out, expected: tuple) -> None:
+    """What a map returns has the structure, shapes and dtypes of what it was given."""
+    expected = expected if len(expected) > 1 else expected[0]
+    trees: list[Any] = [jax.tree.structure(out), jax.tree.structure(expected)]
+    same = trees[0] == trees[1] and all(
+        (a.shape, a.dtype) == (jnp.shape(b), jnp.result_type(b))
+        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"{name} must return what it was given, {describe(jax.tree.map(_abstract, expected))}, got "
+            f"{describe(out)}."
+        )
+
+
+def first_params(problem, params, hparams, batch: Callable, key):
+    """Where params begin: as given, or as the problem's start makes them from ``batch()``.
+
+    Raises:
+      TypeError, ValueError: params that are not floating or not finite; a start that fails, or that makes
+        another tree than the params given.
+    """
+    if problem.start is None:
+        params = floating(params, "params")
+        finite(params, "params")
+        return params
+    args = hparams, batch(), key
+    made = _shapes_of("start", problem.start, args, "(hparams, batch, key)")
+    if params is None:
+        return floating(jax.jit(problem.start)(*args), "start(hparams, batch, key)")
+    params = floating(params, "params")
+    finite(params, "params")
+    _same_tree("start", made, (params,))
+    return params
+
+
+def _shapes_of(name: str, fn, args, signature: str = ""):
+    """What a user's function returns, as shapes; its failures in the user's words."""
+    names = ("params", "hparams", "batch", "model_state")[: len(args)]
+    names = tuple(signature.strip("()").split(", ")) if signature else names
+    called = f"{name}({', '.join(names)})"
     try:
         inspect.signature(fn).bind(*args)
     except TypeError as error:
-        raise TypeError(f"{name} is called as {name}{_SIGNATURE}, which it does not take: {error}.") from None
+        raise TypeError(f"{name} is called as {called}, which it does not take: {error}.") from None
     except ValueError:
         pass  # a builtin without a signature
     try:
-        out = jax.eval_shape(fn, *args)
+        return jax.eval_shape(fn, *args)
     except Exception as error:
-        shapes = "; ".join(
-            f"{what} = {describe(tree)}"
-            for what, tree in zip(("params", "hparams", "batch"), args, strict=True)
-        )
+        shapes = "; ".join(f"{what} = {describe(tree)}" for what, tree in zip(names, args, strict=True))
         raise ValueError(
-            f"{name}{_SIGNATURE} failed on what it was given ({type(error).__name__}: {error}). "
-            f"Do params fit the loss? {shapes}.{_list_hint(args[2])}"
+            f"{called} failed on what it was given ({type(error).__name__}: {error}). "
+            f"Do params fit the loss? {shapes}.{_list_hint(args[-1])}"
         ) from error
+
+
+def _scalar_loss(name: str, fn, args, state: tuple | None) -> tuple[str, ...]:
+    """The names of a loss's metrics; ``state`` is what an inner loss returns beside its value."""
+    out = _shapes_of(name, fn, args)
     names: tuple[str, ...] = ()
+    if state:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(f"{name} must return (loss, model_state) under has_state=True, got {out!r:.200}.")
+        _same_tree(f"{name}'s model_state", out[1], state)
+        out = out[0]
     if isinstance(out, tuple):
-        if not metrics:
+        if state is not None:
             raise TypeError(
                 f"{name} must return one scalar, got a tuple of {len(out)}; metrics belong to outer, "
                 "model state to has_state=True."
@@ -253,47 +317,74 @@ def tuned_leaves(problem: Problem, hparams) -> tuple[bool, ...]:
     return tuple(not isinstance(constraint, Fixed) for constraint in bound.leaves)
 
 
-@functools.lru_cache(maxsize=64)
-def _check_shapes(problem: Problem, tuned: tuple[bool, ...], treedef, leaves) -> tuple[str, ...]:
-    args = jax.tree.unflatten(treedef, leaves)
-    metrics = losses(problem, *args)
-    _influence(problem, tuned, *args)
-    return metrics
-
-
-def problem_on_data(problem: Problem, tuned, params, hparams, train_batch, valid_batch) -> tuple[str, ...]:
-    """Both losses fit the arguments, and every tuned hyperparameter influences one of them.
+def problem_on_data(
+    problem, inner, params, hparams, train_batch, valid_batch, model_state=None
+) -> tuple[str, ...]:
+    """Both levels fit the arguments, and every tuned hyperparameter influences one of them.
 
     Read from shapes and jaxprs, once for the same problem and shapes. Returns the names of the outer loss's
-    metrics. Raises as `losses`, and
-    ValueError that names the leaves of hparams that influence neither loss.
+    metrics. Raises as `losses`, and ValueError that names the leaves of hparams that influence nothing.
 
     Args:
       problem: the problem.
-      tuned: a bool for each leaf of hparams; False where it need not influence anything.
+      inner: the inner optimiser, through which `bilevel.tuned` hyperparameters act; or None.
       params: floating arrays; so are hparams.
-      hparams: natural units.
+      hparams: natural units, as the losses see them.
       train_batch: a batch as the inner loss sees it.
       valid_batch: a batch as the outer loss sees it.
+      model_state: mutable model state, or None.
     """
-    args = (params, hparams, train_batch, valid_batch)
+    args = (params, hparams, train_batch, valid_batch, model_state)
+    metrics = metric_names(problem, *args)
     leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, args))
-    return _check_shapes(problem, tuple(tuned), treedef, tuple(leaves))
+    _influence(problem, inner if isinstance(inner, Tuned) else None, treedef, tuple(leaves))
+    return metrics
+
+
+def metric_names(problem, params, hparams, train_batch, valid_batch, model_state) -> tuple[str, ...]:
+    """The first half of `problem_on_data`: both levels fit the arguments."""
+    if problem.has_state and model_state is None:
+        raise ValueError("model_state must be given for a problem with has_state=True, got None.")
+    if not problem.has_state and model_state is not None:
+        raise ValueError("model_state is given, but the problem was made without has_state=True.")
+    args = (params, hparams, train_batch, valid_batch, model_state)
+    leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, args))
+    return _losses(problem, treedef, tuple(leaves))
+
+
+@functools.lru_cache(maxsize=64)
+def _losses(problem, treedef, leaves) -> tuple[str, ...]:
+    return losses(problem, *jax.tree.unflatten(treedef, leaves))
 
 
 def _abstract(x):
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
-def _influence(problem: Problem, tuned, params, hparams, train_batch, valid_batch) -> None:
+def _effects(problem, inner, params, hparams, train, valid, model_state) -> list:
+    """Everything through which hyperparameters can act."""
+    acts = [outer_value(problem, params, hparams, valid, model_state)[0]]
+    if isinstance(problem, FixedPoint) or inner is not None:
+        point = start_point(inner, params, model_state, hparams)
+        acts += jax.tree.leaves(inner_step(problem, inner, point, hparams, train).params)
+    else:
+        acts.append(inner_value(problem, params, hparams, train, model_state)[0])
+    if problem.start is not None:
+        acts += jax.tree.leaves(problem.start(hparams, train, jax.random.key(0)))
+    return acts
+
+
+@functools.lru_cache(maxsize=64)
+def _influence(problem, inner, tree, shapes) -> None:
+    params, hparams, train_batch, valid_batch, model_state = jax.tree.unflatten(tree, shapes)
     leaves, treedef = jax.tree.flatten(hparams)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(hparams)[0]]
+    tuned = tuned_leaves(problem, hparams)
 
-    def tangents(i, tangent, leaves, params, train, valid):
+    def tangents(i, tangent, leaves, params, train, valid, model_state):
         def values(leaf):
             tree = jax.tree.unflatten(treedef, [*leaves[:i], leaf, *leaves[i + 1 :]])
-            inner, _ = inner_value(problem, params, tree, train, None)
-            return inner, outer_value(problem, params, tree, valid, None)[0]
+            return _effects(problem, inner, params, tree, train, valid, model_state)
 
         return jax.jvp(values, (leaves[i],), (tangent,))[1]
 
@@ -301,17 +392,26 @@ def _influence(problem: Problem, tuned, params, hparams, train_batch, valid_batc
     for i, leaf in enumerate(leaves):
         if tuned[i]:
             jaxpr = jax.make_jaxpr(functools.partial(tangents, i))(
-                leaf, leaves, params, train_batch, valid_batch
+                leaf, leaves, params, train_batch, valid_batch, model_state
             ).jaxpr
             # Zero tangents come out as literals: JAX propagates them symbolically, through jit,
             # stop_gradient and control flow.
-            if all(hasattr(out, "val") and np.all(np.asarray(out.val) == 0) for out in jaxpr.outvars):
+            if all(_is_zero(jaxpr, out) for out in jaxpr.outvars):
                 idle.append("hparams" + name_of(paths[i]))
     if idle:
         verb = "influences" if len(idle) == 1 else "influence"
         raise ValueError(
             f"{', '.join(idle)} {verb} neither inner nor outer, so the hypergradient is zero. A likely "
             "cause: the loss reads a variable of the surrounding scope (a closure) instead of its "
-            "argument hparams; or it passes through stop_gradient, round or an integer. Drop it from "
+            "argument hparams; or it passes through stop_gradient, round or an integer; or it is a setting "
+            "of the inner optimiser, for bilevel.tuned(...) and a trajectory estimator. Drop it from "
             "hparams, or declare it bilevel.fixed()."
         )
+
+
+def _is_zero(jaxpr, out) -> bool:
+    if hasattr(out, "val"):
+        return bool(np.all(np.asarray(out.val) == 0))
+    # Zeros of an array shape are broadcast from a literal.
+    made = [eqn for eqn in jaxpr.eqns if out in eqn.outvars and eqn.primitive.name == "broadcast_in_dim"]
+    return bool(made) and _is_zero(jaxpr, made[0].invars[0])

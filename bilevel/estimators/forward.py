@@ -29,8 +29,7 @@ class Forward(Trajectory):
 
     def estimate(self, problem, state, point, hparams, draw, valid, key):
         """Eq. (1) from the point given; the point of the estimate is the end of the trajectory."""
-        del key
-        fn = self.outer_at_end(problem, point, draw, valid)
+        fn = self.outer_at_end(problem, point, draw, valid, key)
         flat, unravel = ravel_pytree(hparams)
         value, tangents, (end, metrics) = jax.vmap(
             lambda t: jax.jvp(fn, (hparams,), (unravel(t),), has_aux=True),
@@ -44,12 +43,13 @@ def forward(inner=None, steps: int | None = None, truncate: int | None = None, p
     """Forward mode through an inner loop of optax steps.
 
     Args:
-      inner: an optax optimiser; default that of the method it is used in.
+      inner: an optax optimiser or `bilevel.tuned`; default that of the method it is used in.
       steps: length of the trajectory; default the method's inner steps.
       truncate: differentiate through so many last steps only; default all.
-      per_step: prefix tree of bools over hparams: leaves with one entry for each step.
+      per_step: as in `bilevel.unrolled`.
 
     Raises:
       TypeError, ValueError: an optimiser that is none, counts out of range.
     """
-    return Forward(*settings(inner, steps, truncate, per_step), False)
+    inner, steps, truncate, per_step = settings(inner, steps, truncate, per_step)
+    return Forward(inner, steps, truncate, False, per_step)

@@ -8,6 +8,9 @@ At an inner solution ``d_params inner = 0``, so that with the Hessian ``H = d^2_
 Cost: one outer gradient, one product with H per solver step, one cross product. Memory: a few vectors
 of the size of params, whatever the number of hyperparameters or inner steps.
 
+For a fixed point ``params = u(params, hparams)`` the condition is ``params - u = 0``: H becomes
+``(I - d_params u)^T``, which is not symmetric, and the cross product ``-(d_hparams u)^T v``.
+
 Exact at an exact inner solution and an exact solve of (1). Away from it the error is of the first
 order in both. Not for hyperparameters of the optimiser (the solution does not depend on them) nor for
 inner problems without an isolated minimum; there, differentiate the trajectory (`bilevel.unrolled`).
@@ -28,7 +31,17 @@ import jax.numpy as jnp
 from bilevel import validation
 from bilevel.data import rows
 from bilevel.linear_solvers import axpy, cg, norm
-from bilevel.problem import RESIDUAL, Counts, Estimate, LinearSolver, inner_value, outer_value
+from bilevel.problem import (
+    RESIDUAL,
+    Composite,
+    Counts,
+    Estimate,
+    FixedPoint,
+    LinearSolver,
+    inner_value,
+    outer_value,
+    updated,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,46 +55,31 @@ class Implicit:
 
     def init(self, problem, point, hparams):
         """The linear solver's state."""
-        del problem, hparams
+        del hparams
+        if self.curvature == "gauss_newton" and not isinstance(getattr(problem, "inner", None), Composite):
+            raise TypeError(
+                'curvature="gauss_newton" needs an inner loss of known structure: '
+                "bilevel.composite(predict, loss, penalty)."
+            )
+        if self.batches and isinstance(problem, FixedPoint):
+            raise ValueError("batches= averages inner losses, and a FixedPoint has none.")
         return self.solver.init(point.params)
 
     def estimate(self, problem, state, point, hparams, draw, valid, key):
         """Eq. (2) at the point given, with the last batch of the draw or fresh ones."""
-        params, model_state = point.params, point.model_state
-        batch = draw.last
 
         def outer(params, hparams):
-            return outer_value(problem, params, hparams, valid, model_state)
+            return outer_value(problem, params, hparams, valid, point.model_state)
 
         (value, metrics), (b, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(
-            params, hparams
+            point.params, hparams
         )
-
-        def inner_on(batch):
-            return lambda params, hparams: inner_value(problem, params, hparams, batch, model_state)[0]
-
-        def inner(params, hparams):
-            if not self.batches:
-                return inner_on(batch)(params, hparams)
-            fresh = jnp.arange(draw.steps, draw.steps + self.batches)
-            return jnp.mean(jax.vmap(lambda j: inner_on(draw(j))(params, hparams))(fresh))
-
-        def matvec(v, j=None):
-            at = inner
-            if j is not None and draw.sampled:
-                at = inner_on(draw(draw.steps + self.batches + j))
-            return jax.jvp(lambda p: jax.grad(at)(p, hparams), (params,), (v,))[1]
-
+        matvec, both = self._products(problem, point, hparams, draw)
         v, state, solve = self.solver.solve(matvec, b, state, key)
-
-        def slope(params, hparams):
-            return jax.jvp(lambda p: inner(p, hparams), (params,), (v,))[1]
-
-        # The gradient of the slope along v is (H v, d_hparams (d_params inner . v)): the residual of
-        # Eq. (1) is measured, not taken from the solver's recursion, at almost no cost.
-        hv, cross = jax.grad(slope, argnums=(0, 1))(params, hparams)
+        hv, cross = both(v)
         b_norm = norm(b)
         residual = norm(axpy(-1.0, hv, b))
+        batch = draw.last
         train_rows, valid_rows = rows(batch) * max(1, self.batches), rows(valid)
         estimate = Estimate(
             value=value,
@@ -99,6 +97,72 @@ class Implicit:
             error_kind=RESIDUAL,
         )
         return estimate, state
+
+    def _products(self, problem, point, hparams, draw):
+        """The system of Eq. (1): ``v -> H v``, and ``v -> (H v, cross product of Eq. (2))``."""
+        if isinstance(problem, FixedPoint):
+            return _fixed_point_products(problem, point, hparams, draw)
+
+        def inner_on(batch):
+            return lambda params, hparams: inner_value(problem, params, hparams, batch, point.model_state)[0]
+
+        def inner(params, hparams):
+            if not self.batches:
+                return inner_on(draw.last)(params, hparams)
+            fresh = jnp.arange(draw.steps, draw.steps + self.batches)
+            return jnp.mean(jax.vmap(lambda j: inner_on(draw(j))(params, hparams))(fresh))
+
+        def slope(params, hparams, v):
+            return jax.jvp(lambda p: inner(p, hparams), (params,), (v,))[1]
+
+        def gauss_newton(v, j=None):
+            fresh = j is not None and draw.sampled
+            batch = draw(draw.steps + self.batches + j) if fresh else draw.last
+            return _gauss_newton(problem.inner, point.params, hparams, batch, v)
+
+        if self.curvature == "gauss_newton":
+            return gauss_newton, lambda v: (
+                gauss_newton(v),
+                jax.grad(slope, argnums=1)(point.params, hparams, v),
+            )
+
+        def matvec(v, j=None):
+            fresh = j is not None and draw.sampled
+            at = inner_on(draw(draw.steps + self.batches + j)) if fresh else inner
+            return jax.jvp(lambda p: jax.grad(at)(p, hparams), (point.params,), (v,))[1]
+
+        # The gradient of the slope along v is (H v, d_hparams (d_params inner . v)): the residual of Eq. (1)
+        # is measured, not taken from the solver's recursion, at almost no cost.
+        return matvec, lambda v: jax.grad(slope, argnums=(0, 1))(point.params, hparams, v)
+
+
+def _fixed_point_products(problem, point, hparams, draw):
+    """For ``params = u``: ``v -> (I - d_params u)^T v``, and that together with ``-(d_hparams u)^T v``."""
+
+    def pulled(v, batch):
+        def update(params, hparams):
+            return updated(problem, params, hparams, batch, point.model_state)[0]
+
+        at_params, at_hparams = jax.vjp(update, point.params, hparams)[1](v)
+        return axpy(-1.0, at_params, v), jax.tree.map(jnp.negative, at_hparams)
+
+    def matvec(v, j=None):
+        fresh = j is not None and draw.sampled
+        return pulled(v, draw(draw.steps + j) if fresh else draw.last)[0]
+
+    return matvec, lambda v: pulled(v, draw.last)
+
+
+def _gauss_newton(inner, params, hparams, batch, v):
+    """``(J^T (d^2 loss) J + d^2 penalty) v`` with J the Jacobian of the outputs."""
+    outputs, jv = jax.jvp(lambda p: inner.predict(p, hparams, batch), (params,), (v,))
+    loss_grad = jax.grad(lambda o: inner.loss(o, hparams, batch))
+    _, curved = jax.jvp(loss_grad, (outputs,), (jv,))
+    (product,) = jax.vjp(lambda p: inner.predict(p, hparams, batch), params)[1](curved)
+    if inner.penalty is None:
+        return product
+    penalty_grad = jax.grad(lambda p: inner.penalty(p, hparams))
+    return axpy(1.0, jax.jvp(penalty_grad, (params,), (v,))[1], product)
 
 
 def implicit(solver: LinearSolver | None = None, curvature: str = "hessian", batches: int = 0) -> Implicit:
@@ -132,12 +196,10 @@ def implicit(solver: LinearSolver | None = None, curvature: str = "hessian", bat
       >>> print(f"{est.grad:.3f}")  # w* = 2 / (1 + lam): (w* - 3) * (-2 / (1 + lam)^2) = 1
       1.000
     """
-    if curvature == "gauss_newton":
-        raise NotImplementedError('curvature="gauss_newton" comes with composite losses.')
-    if curvature != "hessian":
+    if curvature not in ("hessian", "gauss_newton"):
         raise ValueError(f'curvature must be "hessian" or "gauss_newton", got {curvature!r}.')
-    return Implicit(
-        cg() if solver is None else validation.kind("solver", solver, "a linear solver"),
-        curvature,
-        validation.whole_number("batches", batches, 0),
-    )
+    batches = validation.whole_number("batches", batches, 0)
+    if batches and curvature == "gauss_newton":
+        raise ValueError("batches= averages Hessians; with Gauss-Newton curvature enlarge the batch instead.")
+    solver = cg() if solver is None else validation.kind("solver", solver, "a linear solver")
+    return Implicit(solver, curvature, batches)

@@ -39,8 +39,7 @@ class Unrolled(Trajectory):
 
     def estimate(self, problem, state, point, hparams, draw, valid, key):
         """Eq. (1) from the point given; the point of the estimate is the end of the trajectory."""
-        del key
-        fn = self.outer_at_end(problem, point, draw, valid)
+        fn = self.outer_at_end(problem, point, draw, valid, key)
         (value, (end, metrics)), grad = jax.value_and_grad(fn, has_aux=True)(hparams)
         return self.report(value, grad, end, metrics, draw, valid, passes=1), state
 
@@ -55,11 +54,12 @@ def unrolled(
     """Reverse mode through an inner loop of optax steps.
 
     Args:
-      inner: an optax optimiser; default that of the method it is used in.
+      inner: an optax optimiser or `bilevel.tuned`; default that of the method it is used in.
       steps: length of the trajectory; default the method's inner steps.
       truncate: differentiate through so many last steps only; default all.
       remat: keep about sqrt(steps) points and recompute the rest; False keeps every step.
-      per_step: prefix tree of bools over hparams: leaves with one entry for each step.
+      per_step: bools over hparams, laid out like constraints: True leaves have a leading axis with an entry
+        for each step, which the inner loss and optimiser see at that step; outer sees the last one.
 
     Raises:
       TypeError, ValueError: an optimiser that is none, counts out of range.
@@ -75,7 +75,8 @@ def unrolled(
       >>> print(f"{est.params:.3f} {est.grad:.3f}")
       1.000 1.000
     """
-    return Unrolled(*settings(inner, steps, truncate, per_step), bool(remat))
+    inner, steps, truncate, per_step = settings(inner, steps, truncate, per_step)
+    return Unrolled(inner, steps, truncate, bool(remat), per_step)
 
 
 def one_step(inner=None) -> Unrolled:

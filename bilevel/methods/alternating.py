@@ -21,12 +21,14 @@ import optax
 
 from bilevel import data, validation
 from bilevel.constraints import BoundConstraints, bind
-from bilevel.inner_solvers import descend, start_point
+from bilevel.inner_solvers import Tuned, descend, start_point, started
 from bilevel.linear_solvers import norm, where
 from bilevel.problem import (
     Estimator,
+    FixedPoint,
     HParams,
     Info,
+    LinearSolver,
     NonFinite,
     Params,
     Point,
@@ -46,7 +48,8 @@ _REJECTIONS = 3
 class AlternatingState:
     """What the next outer step needs; leaves as listed, hparams in free units.
 
-    ``origin`` is the first point, for methods that restart there, else None. ``position`` counts the
+    ``inner`` is the inner solver's state. ``origin`` is the first point, for methods that restart there, else
+    None. ``position`` counts the
     training batches taken; batches are functions of ``key`` and position, and so is all randomness of ``key``
     and ``count``, the outer steps attempted.
     """
@@ -54,6 +57,7 @@ class AlternatingState:
     point: Point
     free: PyTree
     estimator: PyTree
+    inner: PyTree
     outer: PyTree
     origin: Point | None
     key: jax.Array
@@ -104,41 +108,63 @@ class Alternating:
     def _estimator(self) -> Any:
         """The estimator, with the method's inner loop where it is left to the method."""
         estimator: Any = self.estimator
-        if not estimator.trajectory or self.inner is None:
+        if not estimator.trajectory or estimator.steps is not None:
             return estimator
         return dataclasses.replace(estimator, inner=self.inner, steps=self.inner_steps)
+
+    @property
+    def _inner(self) -> Any:
+        """What makes the points: of the trajectory family the estimator's own optimiser."""
+        return self._estimator.inner if self._estimator.trajectory else self.inner
+
+    @property
+    def _solves(self) -> bool:
+        return isinstance(self.inner, LinearSolver)  # the same two functions as an inner solver
+
+    def seen(self, hparams, j):
+        """What the losses see at inner step ``j``."""
+        estimator = self._estimator
+        return estimator.seen(hparams, j) if estimator.trajectory else hparams
 
     def init(self, problem, params, hparams, train, valid, *, key, model_state=None):
         """The first state: fresh optimisers, the problem checked on the data's shapes."""
         validation.kind("problem", problem, "a problem")
-        params = validation.floating(params, "params")
+        self._check_inner(problem)
         hparams = validation.floating(hparams, "hparams")
-        validation.finite(params, "params")
         validation.finite(hparams, "hparams")
         key = validation.random_key("key", key)
-        if model_state is not None:
-            raise NotImplementedError("model_state= comes with has_state=True, in a later release.")
         train = data.as_source(train, "train")
         valid = data.as_source(valid, "valid")
         data.check_sources(train, valid, self._steps)
         constraints = bind(problem.constraints, hparams)
         constraints.check(hparams)
-        tuned = validation.tuned_leaves(problem, hparams)
-        train_batch, valid_batch = jax.eval_shape(lambda: (train.batch(key, 0), valid.batch(key, 0)))
-        validation.problem_on_data(problem, tuned, params, hparams, train_batch, valid_batch)
-        return self._first_state(problem, params, hparams, key, constraints)
-
-    def _first_state(self, problem, params, hparams, key, constraints) -> AlternatingState:
+        seen = self.seen(hparams, 0)
+        params = validation.first_params(problem, params, seen, lambda: train.batch(key, 0), key)
+        batches = data.abstract_batch(train), data.abstract_batch(valid)
+        validation.problem_on_data(problem, self._inner, params, seen, *batches, model_state)
         # Copies, so that a loop that donates its state leaves the user's arrays alone.
-        params, hparams, key = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, hparams, key))
-        estimator = self._estimator
-        inner = estimator.inner if estimator.trajectory else self.inner
-        point = start_point(inner, params, None)
+        copies = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, hparams, key, model_state))
+        return self._first_state(problem, constraints, *copies)
+
+    def _check_inner(self, problem) -> None:
+        if isinstance(problem, FixedPoint):
+            if self._inner is not None:
+                raise ValueError("inner must be None for a FixedPoint problem: its map is the inner step.")
+        elif self._inner is None:
+            raise TypeError(
+                "inner must be an optax optimiser such as optax.adam(1e-3), got None (which stands for the "
+                "map of a FixedPoint problem only); params need something that advances them."
+            )
+
+    def _first_state(self, problem, constraints, params, hparams, key, model_state) -> AlternatingState:
         free = constraints.to_free(hparams)
+        optimizer = None if self._solves else self._inner
+        point = start_point(optimizer, params, model_state, self.seen(hparams, 0))
         return AlternatingState(
             point=point,
             free=free,
-            estimator=estimator.init(problem, point, hparams),
+            estimator=self._estimator.init(problem, point, hparams),
+            inner=self.inner.init(problem, point, hparams) if self._solves else (),
             outer=self.outer.init(free),
             origin=point if self.restart else None,
             key=key,
@@ -158,27 +184,27 @@ class Alternating:
         draw = data.draw(train, key_train, state.position, steps)
         valid_batch = valid.batch(key_valid, state.count)
         key = jax.random.fold_in(key_step, state.count)
-        start = state.point if state.origin is None else state.origin
         moves = state.count % self.period == 0
-
-        def advance(point):
-            if self.period == 1:
-                return descend(problem, self.inner, point, hparams, draw)
-            return jax.lax.cond(
-                moves, lambda p: descend(problem, self.inner, p, hparams, draw), lambda p: p, point
-            )
+        start, inner = state.point if state.origin is None else state.origin, state.inner
 
         if estimator.trajectory:
             estimate, estimator_state = estimator.estimate(
                 problem, state.estimator, start, hparams, draw, valid_batch, key
             )
-            point = estimate.point
+            point, gradients = estimate.point, estimate.counts.inner_grad
         else:
-            at = start if self.simultaneous else advance(start)
+            start = started(problem, None if self._solves else self.inner, start, hparams, draw(0), key)
+            end, inner, taken = self._advance(problem, inner, start, hparams, draw, moves, key)
             estimate, estimator_state = estimator.estimate(
-                problem, state.estimator, at, hparams, draw, valid_batch, key
+                problem,
+                state.estimator,
+                start if self.simultaneous else end,
+                hparams,
+                draw,
+                valid_batch,
+                key,
             )
-            point = advance(start) if self.simultaneous else at
+            point, gradients = end, estimate.counts.inner_grad + taken * data.rows(draw.last)
 
         grad = state.constraints.pull_back(state.free, estimate.grad)
         updates, outer = optax.with_extra_args_support(self.outer).update(
@@ -193,15 +219,17 @@ class Alternating:
             NonFinite.VALUE: jnp.isfinite(estimate.value),
             NonFinite.GRAD: jnp.isfinite(norm(grad)),
             NonFinite.PARAMS: tree_is_finite(point.params),
-            NonFinite.STATE: tree_is_finite((point.opt_state, free, outer, estimator_state)),
+            NonFinite.STATE: tree_is_finite(
+                (point.opt_state, point.model_state, free, outer, estimator_state, inner)
+            ),
         }
         nonfinite = jnp.int32(0)
         for flag, ok in finite.items():
             nonfinite += jnp.where(ok, jnp.int32(0), jnp.int32(flag))
         accepted = nonfinite == 0
-        new = (point, free, estimator_state, outer)
-        old = (state.point, state.free, state.estimator, state.outer)
-        point, free, estimator_state, outer = jax.lax.cond(accepted, lambda: new, lambda: old)
+        new = (point, free, estimator_state, inner, outer)
+        old = (state.point, state.free, state.estimator, state.inner, state.outer)
+        point, free, estimator_state, inner, outer = jax.lax.cond(accepted, lambda: new, lambda: old)
         rejected = jnp.where(accepted, 0, state.rejected + 1)
         allowed = _REJECTIONS if train.renewed or valid.renewed else 1
         new_state = dataclasses.replace(
@@ -209,6 +237,7 @@ class Alternating:
             point=point,
             free=free,
             estimator=estimator_state,
+            inner=inner,
             outer=outer,
             count=state.count + 1,
             position=state.position + jnp.where(moves, steps, 0),
@@ -221,7 +250,7 @@ class Alternating:
             accepted=accepted,
             status=jnp.where(rejected >= allowed, Status.DIVERGED, Status.RUNNING).astype(jnp.int32),
             nonfinite=nonfinite,
-            counts=estimate.counts._replace(inner_grad=self._inner_grad(estimate, draw, moves)),
+            counts=estimate.counts._replace(inner_grad=gradients),
             solve=estimate.solve,
             metrics=estimate.metrics,
             params=estimate.params,
@@ -231,12 +260,19 @@ class Alternating:
         )
         return new_state, info
 
-    def _inner_grad(self, estimate, draw, moves):
-        """Examples touched by inner gradients, in the estimate and in Eq. (1)."""
-        if self._estimator.trajectory:
-            return estimate.counts.inner_grad
-        taken = jnp.where(moves, draw.steps * data.rows(draw.last), 0)
-        return estimate.counts.inner_grad + taken.astype(jnp.float32)
+    def _advance(self, problem, inner_state, point, hparams, draw, moves, key):
+        """Eq. (1) where ``period`` does not skip it: point, inner solver's state, gradients taken."""
+
+        def solve():
+            if not self._solves:
+                end = descend(problem, self.inner, point, hparams, draw)
+                return end, inner_state, jnp.float32(draw.steps)
+            end, state, info = self.inner.solve(problem, inner_state, point, hparams, draw, key)
+            return end, state, jnp.asarray(info.products, jnp.float32)
+
+        if self.period == 1:
+            return solve()
+        return jax.lax.cond(moves, solve, lambda: (point, inner_state, jnp.float32(0)))
 
 
 def alternating(
@@ -254,7 +290,8 @@ def alternating(
     Args:
       estimator: of the hypergradient. One of the trajectory family without settings of its own takes the
         method's ``inner`` and ``inner_steps``.
-      inner: the optax optimiser that advances params.
+      inner: what advances params: an optax optimiser, `bilevel.tuned`, an inner solver, or None for a
+        `bilevel.FixedPoint`, whose map is the step.
       outer: the optax optimiser that moves hparams, in free units.
       inner_steps: inner steps per outer step.
       period: advance params only every so many outer steps.
@@ -291,18 +328,22 @@ def alternating(
             )
         if settings.steps is None:
             raise ValueError("the estimator has inner= but no steps=; give both there, or both here.")
-    elif inner is None:
-        raise TypeError(
-            "inner must be an optax optimiser such as optax.adam(1e-3), got None; params need something "
-            "that advances them."
-        )
-    else:
-        validation.kind("inner", inner, "an optax optimiser")
-        if settings.trajectory and settings.steps is not None:
+    elif settings.trajectory:
+        if settings.steps is not None and inner is not None:
             raise ValueError(
                 "the inner loop is given half here (inner=) and half to the estimator (steps=); give both "
                 "to one of the two."
             )
+        if inner is not None:
+            validation.kind("inner", inner, "an inner optimiser")
+    elif isinstance(inner, Tuned):
+        raise TypeError(
+            "bilevel.tuned needs an estimator of the trajectory family, such as bilevel.unrolled() or "
+            "bilevel.forward(): the inner solution does not depend on the optimiser that found it, so that "
+            f"{type(estimator).__name__.lower()}() sees nothing of its hyperparameters."
+        )
+    elif inner is not None:
+        validation.kind("inner", inner, "an inner optimiser or solver")
     if settings.trajectory and (period != 1 or simultaneous):
         raise ValueError(
             "period and simultaneous need an estimator of the implicit family; the trajectory family "

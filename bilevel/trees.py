@@ -1,0 +1,50 @@
+"""Settings laid out over a tree: by a matching tree, a prefix of it, or names of some of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+def spread(spec, tree, default, is_setting: Callable[[Any], bool], name: str, of: str) -> list:
+    """The setting of each leaf of ``tree``, in the order of its leaves.
+
+    Args:
+      spec: a setting for everything below, or a container of specs; None and what is not named stand for
+        the default.
+      tree: what it is laid out over.
+      default: setting of what is not named.
+      is_setting: tells a setting from a container.
+      name: of the argument, for messages.
+      of: name of the tree, for messages.
+
+    Raises:
+      ValueError: a name or a structure that the tree does not have.
+    """
+    out: list = []
+    _spread(out, spec, tree, default, is_setting, name, of, "")
+    return out
+
+
+def _spread(out, spec, tree, default, is_setting, name, of, path) -> None:
+    if spec is None or is_setting(spec):
+        out.extend([default if spec is None else spec] * len(jax.tree.leaves(tree)))
+        return
+    children, specs = _children(tree), _children(spec)
+    unknown = [child for child in specs if child not in children]
+    if unknown or (not isinstance(spec, Mapping) and len(specs) != len(children)):
+        have = ", ".join(children) if children else "no parts: it is one array"
+        raise ValueError(
+            f"{name}{path} names {', '.join(unknown) or 'only some parts'}, but {of}{path} has {have}. "
+            f"{name[:1].upper() + name[1:]} follow the structure of {of}, or a prefix of it."
+        )
+    for child, subtree in children.items():
+        _spread(out, specs.get(child), subtree, default, is_setting, name, of, path + child)
+
+
+def _children(tree) -> dict[str, Any]:
+    """One level down, in the order of the leaves; empty for an array."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
+    return {jax.tree_util.keystr(path): child for path, child in pairs if path}
