@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-NAMES = ("exactness", "hparam_count", "unroll", "import_time", "cleaning")
+NAMES = ("exactness", "hparam_count", "unroll", "import_time", "cleaning", "cg_steps")
 
 
 def commit() -> str:

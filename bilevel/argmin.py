@@ -1,22 +1,25 @@
 """The inner solution as a differentiable function of hparams and data.
 
-At the solution the inner condition ``c(params, theta) = 0`` holds, with ``theta`` the hparams and the batch: the
-gradient of the loss, or ``params - update(params)`` for a fixed point. Hence, whatever found the solution::
+At the solution the inner condition ``c(params, theta) = 0`` holds, with ``theta`` the hparams and the batch:
+the gradient of the loss, or ``params - update(params)`` for a fixed point. Hence, whatever found the
+solution::
 
     (d_params c) dparams = -(d_theta c) dtheta                                          (1)
 
-Eq. (1) is the rule of a `jax.custom_jvp`, its left side solved by `jax.lax.custom_linear_solve`, which JAX can
+Eq. (1) is the rule of a `jax.custom_jvp`, its left side solved by `jax.lax.custom_linear_solve`, which JAX
+can
 transpose: one rule gives forward mode, reverse mode and, as it is made of differentiable parts itself, every
 order of derivative.
 
-Cost of a first derivative: one linear solve, whose products are Hessian-vector products, and one cross product.
+Cost of a first derivative: one linear solve, whose products are Hessian-vector products, and one cross
+product.
 Memory: a few vectors of the size of params, whatever the number of steps the solver took. Error: of first
 order in the distance to the solution and in the residual of the linear solve; neither can be reported from
 inside a derivative, so measure them once with `bilevel.check_hypergradient`.
 
 References:
-  Blondel, Berthet, Cuturi, Frostig, Hoyer, Llinares-Lopez, Pedregosa and Vert, "Efficient and modular implicit
-  differentiation", 2022, arXiv:2105.15183.
+  Blondel, Berthet, Cuturi, Frostig, Hoyer, Llinares-Lopez, Pedregosa and Vert, "Efficient and modular
+  implicit differentiation", 2022, arXiv:2105.15183.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ from bilevel.problem import (
 
 
 class _Arguments(NamedTuple):
-    """``smooth`` has the leaves of the batch that have derivatives, ``rest`` the others; None fills the gaps."""
+    """What has derivatives; None stands in ``smooth`` for the leaves of the batch that have none."""
 
     hparams: HParams
     smooth: PyTree
@@ -62,29 +65,30 @@ def argmin(
     """The inner solution as a function that JAX differentiates implicitly.
 
     The function returned may stand anywhere in a larger program: inside a loss, below other layers, under
-    ``jit``, ``vmap``, ``grad``, ``jvp`` and any composition of them. Its derivatives by hparams and by the floating
-    leaves of the batch are those of Eq. (1) of this module, exact at the exact solution. Its derivative by
-    ``init`` is zero: the solution, where it is isolated, does not depend on where the search began. (Of
-    several solutions, init selects one, and stays on it under small changes.) For a start that is learned,
-    differentiate the trajectory with `bilevel.unrolled`.
+    ``jit``, ``vmap``, ``grad``, ``jvp`` and any composition of them. Its derivatives by hparams and by the
+    floating leaves of the batch are those of Eq. (1) of this module, exact at the exact solution. Its
+    derivative by ``init`` is zero: the solution, where it is isolated, does not depend on where the search
+    began. (Of several solutions, init selects one, and stays on it under small changes.) For a start that is
+    learned, differentiate the trajectory with `bilevel.unrolled`.
 
     Args:
       problem: its inner level is solved; the outer loss is not used. The Hessian at the solution has to be
         positive definite, or ``I - d_params update`` invertible.
-      solver: an inner solver, or any function ``(params, hparams, batch) -> params``, which may be as opaque as
-        it likes as long as it is traceable: nothing differentiates it. Default `bilevel.lbfgs`, which needs
-        no constants, takes losses that are not convex, and on badly conditioned ones takes several times
-        fewer gradients than `bilevel.accelerated` without constants; for a fixed point `bilevel.picard`.
-      linear_solver: of Eq. (1); default `bilevel.cg`, and `bilevel.dense` for a fixed point, whose system is not
-        symmetric.
+      solver: an inner solver, or any function ``(params, hparams, batch) -> params``, which may be as opaque
+        as it likes as long as it is traceable: nothing differentiates it. Default `bilevel.lbfgs`, which
+        needs no constants, takes losses that are not convex, and on badly conditioned ones takes several
+        times fewer gradients than `bilevel.accelerated` without constants; `bilevel.picard` for a fixed
+        point.
+      linear_solver: of Eq. (1); default `bilevel.cg`, and `bilevel.dense` for a fixed point, whose system
+        is not symmetric.
 
     Returns:
       ``solve(hparams, batch, init, key=None) -> params``; ``init`` is where the search begins, ``key`` is for
       solvers that draw.
 
     Raises:
-      TypeError, ValueError: from this call, for a problem with a start or model state or a solver of the wrong
-        kind; from the function's, for params, hparams and batches that do not fit the problem.
+      TypeError, ValueError: from this call, for a problem with a start or model state or a solver of the
+        wrong kind; from the function's, for params, hparams and batches that do not fit the problem.
 
     Example:
       >>> import bilevel, jax, jax.numpy as jnp
@@ -111,8 +115,8 @@ def argmin(
     validation.kind("linear_solver", linear_solver, "a linear solver")
     if fixed_point and isinstance(linear_solver, CG):
         raise ValueError(
-            "linear_solver is bilevel.cg(), which is for symmetric systems; that of a FixedPoint is not. Take "
-            "bilevel.dense(), or bilevel.neumann(terms, step_size=1.0) for a contraction."
+            "linear_solver is bilevel.cg(), which is for symmetric systems; that of a FixedPoint is not. "
+            "Take bilevel.dense(), or bilevel.neumann(terms, step_size=1.0) for a contraction."
         )
     solution = _differentiable(problem, solver, linear_solver)
 
@@ -134,13 +138,13 @@ def argmin(
 def _refuse(problem) -> None:
     if problem.start is not None:
         raise ValueError(
-            "problem has start=, but argmin begins where init= says. Drop it from the problem; if hparams enter "
-            "through the start, take bilevel.unrolled(...)."
+            "problem has start=, but argmin begins where init= says. Drop it from the problem; if hparams "
+            "enter through the start, take bilevel.unrolled(...)."
         )
     if problem.has_state:
         raise ValueError(
-            "problem has has_state=True, but a solution has no model state beside it. Close over a constant one, or "
-            "make what is to be solved for a part of params."
+            "problem has has_state=True, but a solution has no model state beside it. Close over a constant "
+            "one, or make what is to be solved for a part of params."
         )
 
 
@@ -161,11 +165,14 @@ def _differentiable(problem, solver, linear_solver: Any) -> Callable:
     def jvp(primals, tangents):
         theta, rest, init, key = primals
         params = solution(theta, rest, init, key)
-        condition = _condition(problem, rest)
-        _, slope = jax.jvp(lambda theta: condition(params, theta), (theta,), (tangents[0],))
+
+        def at(params, theta):
+            return condition(problem, params, theta.hparams, _merge(theta.smooth, rest))
+
+        _, slope = jax.jvp(lambda theta: at(params, theta), (theta,), (tangents[0],))
 
         def product(v):
-            return jax.jvp(lambda params: condition(params, theta), (params,), (v,))[1]
+            return jax.jvp(lambda params: at(params, theta), (params,), (v,))[1]
 
         def solve(matvec, b):
             def product(v, j=None):
@@ -187,26 +194,21 @@ def _differentiable(problem, solver, linear_solver: Any) -> Callable:
     return solution
 
 
-def _condition(problem, rest) -> Callable:
-    """What is zero at the solution, as a function of params and the arguments with derivatives."""
-
-    def condition(params, theta):
-        batch = _merge(theta.smooth, rest)
-        if isinstance(problem, FixedPoint):
-            return axpy(-1.0, updated(problem, params, theta.hparams, batch, None)[0], params)
-        return jax.grad(lambda p: inner_value(problem, p, theta.hparams, batch, None)[0])(params)
-
-    return condition
+def condition(problem, params, hparams, batch) -> Params:
+    """What is zero at the inner solution: the gradient of the loss, or ``params - update(params)``."""
+    if isinstance(problem, FixedPoint):
+        return axpy(-1.0, updated(problem, params, hparams, batch, None)[0], params)
+    return jax.grad(lambda p: inner_value(problem, p, hparams, batch, None)[0])(params)
 
 
-# --- Batches -------------------------------------------------------------------------------------------------
+# --- Batches ------------------------------------------------------------------------------------------------
 
 
 def _arrays(batch):
     if isinstance(batch, data.Source):
         raise TypeError(
-            f"batch must be arrays, got the source {type(batch).__name__}: argmin solves on one batch. Pass the "
-            "arrays themselves."
+            f"batch must be arrays, got the source {type(batch).__name__}: argmin solves on one batch. Pass "
+            "the arrays themselves."
         )
     return data.as_arrays(batch, "batch") if jax.tree.leaves(batch) else batch
 
@@ -227,33 +229,30 @@ def _merge(smooth, rest):
     return jax.tree.map(lambda x, y: y if x is None else x, smooth, rest, is_leaf=lambda x: x is None)
 
 
-# --- What does not fit ---------------------------------------------------------------------------------------
+# --- What does not fit --------------------------------------------------------------------------------------
 
 
 def _check_fit(problem, init, theta, rest) -> None:
+    batch = _merge(theta.smooth, rest)
     try:
-        jax.eval_shape(_condition(problem, rest), init, theta)
+        jax.eval_shape(lambda *args: condition(problem, *args), init, theta.hparams, batch)
     except Exception as error:
         level = "update" if isinstance(problem, FixedPoint) else "inner"
         shapes = "; ".join(
             f"{name} = {validation.describe(tree)}"
-            for name, tree in (
-                ("init", init),
-                ("hparams", theta.hparams),
-                ("batch", _merge(theta.smooth, rest)),
-            )
+            for name, tree in (("init", init), ("hparams", theta.hparams), ("batch", batch))
         )
         raise ValueError(
-            f"{level}(params, hparams, batch) failed on what it was given ({type(error).__name__}: {error}). Does "
-            f"init fit it? {shapes}."
+            f"{level}(params, hparams, batch) failed on what it was given ({type(error).__name__}: {error}). "
+            f"Does init fit it? {shapes}."
         ) from error
 
 
 def _check_same(init, params) -> None:
-    def shape(tree):
-        return jax.tree.map(jnp.shape, tree)
+    def shapes(tree):
+        return [(path, jnp.shape(x)) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
-    if jax.tree.structure(init) != jax.tree.structure(params) or shape(init) != shape(params):
+    if shapes(init) != shapes(params):
         raise ValueError(
             "solver must return params like init; it returned "
             f"{validation.describe(params)} for {validation.describe(init)}."

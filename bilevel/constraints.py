@@ -86,7 +86,8 @@ class Interval(Constraint):
         return _logistic(free, self.lo, self.hi)
 
     def why_not(self, value):
-        inside = np.all((value > self.lo) & (value < self.hi))
+        lo, hi = (np.asarray(end, value.dtype) for end in (self.lo, self.hi))
+        inside = np.all((value > lo) & (value < hi))
         return (
             None
             if inside

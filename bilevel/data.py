@@ -21,6 +21,8 @@ from bilevel.problem import Batch, Draw, PyTree, register, static
 # Up to this many rows an epoch's shuffle is a sorted permutation, above a keyed bijection.
 _SORTED_ROWS = 256
 _ROUNDS = 8
+# Keys that are folded from the same one as the epochs' shuffles are kept apart from them by these.
+_FRESH, _RNG = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
 
 @runtime_checkable
@@ -187,7 +189,7 @@ class WithRng:
         return self.source.num_batches
 
     def batch(self, key, t):
-        return self.source.batch(key, t), jax.random.fold_in(key, t)
+        return self.source.batch(key, t), jax.random.fold_in(jax.random.fold_in(key, _RNG), t)
 
     def index(self, key, t):
         return self.source.index(key, t)
@@ -366,13 +368,14 @@ def rows(arrays) -> int:
     return max(sizes, default=1)
 
 
-def draw(source: Source, key, position, steps: int) -> Draw:
+def draw(source: Source, key, position, steps: int, count=0, own: Any = True) -> Draw:
     """The training batches of one outer step that begins at batch ``position`` of the source.
 
     Own batches are ``position, ..., position + steps - 1`` of the run's key. Fresh ones come from a key of
-    their own, so that they disturb neither this epoch nor the next.
+    their own, made from the number of outer steps so far, ``count``, so that they disturb neither this
+    epoch nor the next. In a step that takes no batches (``own`` is False) all of a sampled source are fresh.
     """
-    aside = jax.random.fold_in(jax.random.fold_in(key, 1), position)
+    aside = jax.random.fold_in(jax.random.fold_in(key, _FRESH), count)
     if source.restarts:
         return Draw(lambda j: source.batch(aside, _own(j, steps)), steps, source.sampled)
     if not source.sampled:
@@ -380,12 +383,13 @@ def draw(source: Source, key, position, steps: int) -> Draw:
 
     def batch(j):
         j = jnp.asarray(j, jnp.int32)
-        own = j < steps
+        mine = (j < steps) & own
         chosen = jax.random.wrap_key_data(
-            jnp.where(own, jax.random.key_data(key), jax.random.key_data(aside)),
+            jnp.where(mine, jax.random.key_data(key), jax.random.key_data(aside)),
             impl=jax.random.key_impl(key),
         )
-        return source.batch(chosen, jnp.where(own, position + j, j - steps))
+        fresh = j - jnp.where(own, steps, 0)
+        return source.batch(chosen, jnp.where(mine, position + j, fresh))
 
     return Draw(batch, steps, True)
 

@@ -31,13 +31,14 @@ def why_ended(status: Status, history) -> str:
     return f"Outer step {step}: {what}; {fix}. The last good state is kept."
 
 
-def final(status: Status, history, bounded: bool) -> tuple[Status, list[str], list[str]]:
+def final(status: Status, history, may_rest: bool) -> tuple[Status, list[str], list[str]]:
     """The status a run ends with, sentences of advice, and those of them that deserve a warning.
 
-    ``bounded``: some hyperparameters may rest on the end of a box, where their gradient norm is zero.
+    ``may_rest``: a gradient norm of zero is nothing to worry about, because hyperparameters may rest on the
+    end of a box, or all are fixed.
     """
     accepted = history["accepted"]
-    still = not bounded and accepted.any() and np.all(history["grad_norm"][accepted] == 0)
+    still = not may_rest and accepted.any() and np.all(history["grad_norm"][accepted] == 0)
     warned = [sentence for sentence in (_indefinite(history),) if sentence]
     if still and not warned:
         warned.append(
@@ -73,16 +74,19 @@ def _residual(history) -> str:
 
 
 def _overfitting(history) -> str:
-    """A sentence where the test value has risen well above its minimum; empty otherwise."""
+    """A sentence where the test value has risen well above its minimum while outer fell."""
     if "test" not in history:
         return ""
-    seen = np.flatnonzero(np.isfinite(history["test"]))
+    outer = history["judged" if "judged" in history else "value"]
+    seen = np.flatnonzero(np.isfinite(history["test"]) & np.isfinite(outer) & history["accepted"])
     if len(seen) < 3:
         return ""
     test = history["test"][seen]
     lowest = int(np.argmin(test))
-    risen = test[-1] - test[lowest]
-    if risen <= 0.1 * abs(test[lowest]) or lowest == len(seen) - 1:
+    rise, fall = test[-1] - test[lowest], outer[seen[lowest]] - outer[seen[-1]]
+    # Noise: how much the test value moves between neighbouring measurements.
+    noise = np.median(np.abs(np.diff(test)))
+    if fall <= 0 or rise <= max(0.1 * abs(test[lowest]), 3 * noise):
         return ""
     return (
         f"The test value was lowest, {test[lowest]:.4g}, at step {seen[lowest]} and is {test[-1]:.4g} "

@@ -21,7 +21,8 @@ from bilevel import validation
 from bilevel.data import Episodes, Source, Stacked, Whole, WithRng, as_arrays
 from bilevel.problem import PyTree, register, static
 
-_AHEAD = 64
+# Batches of a chunk, and those fetched ahead, take at most so many bytes and so many steps.
+_BYTES, _STEPS = 2**27, 16
 _END = object()
 
 
@@ -53,7 +54,7 @@ class Feed:
         iterable = data.source if isinstance(data, WithRng) else data
         self.taken = 0
         self.why_ended: str | None = None
-        self._queue: queue.Queue = queue.Queue(maxsize=_AHEAD)
+        self._queue: queue.Queue = queue.Queue(maxsize=1)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fetch, args=(iter(iterable),), daemon=True)
         self._thread.start()
@@ -65,7 +66,11 @@ class Feed:
         except BaseException:
             self.close()
             raise
+        self.last_chunk: tuple[Fed | None, int] = (None, 0)
         self._shapes = _shapes(self.first)
+        size = sum(x.nbytes for x in jax.tree.leaves(self.first) if isinstance(x, jax.Array)) * per_step
+        self.capacity = max(1, min(_STEPS, _BYTES // max(size, 1)))
+        self._queue.maxsize = self.capacity * per_step
         self._pushed_back = [self.first]
 
     def example(self) -> Source:
@@ -93,8 +98,9 @@ class Feed:
         return Fed(_stack(padded), self.single, self.rng), len(rows)
 
     def close(self) -> None:
-        """Stop fetching."""
+        """Stop fetching; what was fetched ahead is dropped."""
         self._stop.set()
+        self._thread.join(timeout=1.0)
 
     def _checked(self) -> Iterator[PyTree]:
         while self.why_ended is None:
@@ -137,6 +143,40 @@ class Feed:
         if item is _END:
             self._queue.put(_END)
         return item
+
+
+class EpisodeHalf:
+    """The training or the validation half of a feed of pairs; the training half fetches for both."""
+
+    single = True
+
+    def __init__(self, feed: Feed, half: int):
+        self.feed, self.half = feed, half
+
+    @property
+    def why_ended(self) -> str | None:
+        """Why there are no more."""
+        return self.feed.why_ended
+
+    def example(self) -> Source:
+        """A source with the shapes of one outer step."""
+        return Whole(self.feed.first[self.half], renewed=True)
+
+    def chunk(self, steps: int, capacity: int) -> tuple[Fed | None, int]:
+        """As `Feed.chunk`."""
+        if self.half == 0:
+            self.feed.last_chunk = self.feed.chunk(steps, capacity)
+        fed, lasts = self.feed.last_chunk
+        return fed and Fed(fed.batches[self.half], single=True, rng=False), lasts
+
+
+def halves(pairs: Episodes) -> tuple[Feed, EpisodeHalf, EpisodeHalf]:
+    """The feed of a source of episodes, and its two halves."""
+    feed = Feed(pairs.pairs, "episodes", 1, single=True)
+    if not isinstance(feed.first, (tuple, list)) or len(feed.first) != 2:
+        feed.close()
+        raise ValueError(f"episodes must yield pairs (train, valid), got {validation.describe(feed.first)}.")
+    return feed, EpisodeHalf(feed, 0), EpisodeHalf(feed, 1)
 
 
 def _to_array(leaf):

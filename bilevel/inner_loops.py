@@ -9,21 +9,21 @@ by Eq. (1) with an absolute ``atol``, warm start at the point they are given, an
 norm measured at the very point they return: a residual above ``atol`` says that a cap was hit, that rounding
 allows no more, or (inf) that the loss is not finite there. ``products`` counts gradients.
 
-======================  =====================  ================================================================
+======================  =====================  ===============================================================
 solver                  batches                for
-======================  =====================  ================================================================
+======================  =====================  ===============================================================
 `lbfgs`                 the last               the first to try: smooth losses of any size
 `accelerated`           the last               convex losses with known constants; low memory; large batches
 `newton`                the last               small problems, to the last digit
 `optax_loop`            one for each step      any optax optimiser, with or without a tolerance
 `epoch_sgd`             one for each step      strongly convex losses seen through noisy batches
 `picard`                the last               the map of a `bilevel.FixedPoint`
-======================  =====================  ================================================================
+======================  =====================  ===============================================================
 
 The default ``atol`` is the square root of the rounding unit of params (1.5e-8 in float64, 3.5e-4 in float32);
 losses that are sums over many examples reach less, and losses divided by a large number need less. Optimiser
-state of the point is handed through; model state is held constant, except by `optax_loop`, whose steps advance
-it like any inner steps.
+state of the point is handed through; model state is held constant, except by `optax_loop`, whose steps
+advance it like any inner steps.
 
 References:
   Nesterov, "Introductory lectures on convex optimization", 2004.
@@ -160,7 +160,7 @@ class OptaxLoop:
         return Point(end.params, point.opt_state, end.model_state), watch.opt_state, info
 
     def _watched(self, atol) -> optax.GradientTransformationExtraArgs:
-        """The optimiser, but it measures the gradients that it is given and stands still once they are small."""
+        """The optimiser; it measures the gradients it is given, and stands still once they are small."""
         optimizer = optax.with_extra_args_support(self.optimizer)
 
         def update(grads, state: _Watch, params=None, **extra):
@@ -198,7 +198,7 @@ def optax_loop(optimizer, max_steps: int, atol: float = 0.0) -> OptaxLoop:
     )
 
 
-# --- Accelerated gradient ------------------------------------------------------------------------------------
+# --- Accelerated gradient -----------------------------------------------------------------------------------
 
 
 class _Momentum(NamedTuple):
@@ -268,8 +268,8 @@ def _first_momentum(params: PyTree) -> _Momentum:
 
 
 def _move_by_estimates(y, grad, size, memory: _Momentum) -> tuple[PyTree, _Momentum]:
-    # |grad(y) - grad(before)| / |y - before| is at most L for an L-smooth loss. A step from ``before`` that was
-    # made with less than that is taken back and repeated with more. No value of the loss enters: their
+    # |grad(y) - grad(before)| / |y - before| is at most L for an L-smooth loss. A step from ``before`` that
+    # was made with less than that is taken back and repeated with more. No value of the loss enters: their
     # differences are rounding long before the gradients are.
     change, distance = norm(axpy(-1.0, memory.grad, grad)), norm(axpy(-1.0, memory.before, y))
     eps = jnp.finfo(size.dtype).eps
@@ -308,14 +308,14 @@ def accelerated(
 ) -> Accelerated:
     """Nesterov's accelerated gradient method for strongly convex losses.
 
-    With both constants, steps ``1 / L`` and the momentum ``(sqrt L - sqrt mu) / (sqrt L + sqrt mu)``: the error
-    falls by about ``1 - sqrt(mu / L)`` per step, where gradient descent has ``1 - mu / L``. They must hold: an
-    L that is too small diverges (and the residual says so), a mu that is too large loses the rate.
+    With both constants, steps ``1 / L`` and the momentum ``(sqrt L - sqrt mu) / (sqrt L + sqrt mu)``: the
+    error falls by about ``1 - sqrt(mu / L)`` per step, where gradient descent has ``1 - mu / L``. They must
+    hold: an L that is too small diverges (and the residual says so), a mu that is too large loses the rate.
 
     Without them, steps come from a running estimate of L that only grows within a solve and begins anew in
-    the next, with a step taken back where it proved too long, and the momentum of convex losses restarts where
-    it points uphill (the gradient scheme of O'Donoghue and Candes): the same rate up to a constant, often
-    better where the curvature near the solution is.
+    the next, with a step taken back where it proved too long, and the momentum of convex losses restarts
+    where it points uphill (the gradient scheme of O'Donoghue and Candes): the same rate up to a constant,
+    often better where the curvature near the solution is.
 
     One gradient per step, and two (with constants) to five vectors of memory.
 
@@ -341,7 +341,7 @@ def accelerated(
     )
 
 
-# --- L-BFGS --------------------------------------------------------------------------------------------------
+# --- L-BFGS -------------------------------------------------------------------------------------------------
 
 
 class _Quasi(NamedTuple):
@@ -426,13 +426,13 @@ def lbfgs(max_steps: int = 200, atol: float | None = None, memory: int = 10) -> 
     )
 
 
-# --- Newton --------------------------------------------------------------------------------------------------
+# --- Newton -------------------------------------------------------------------------------------------------
 
 _HALVINGS = 30
 
 
 class _Search(NamedTuple):
-    """``params``, with ``value`` and ``size``, is the last accepted point; the trial goes along ``direction``."""
+    """``params``, with ``value`` and ``size``, was accepted last; the trial goes along ``direction``."""
 
     params: jax.Array
     value: jax.Array
@@ -538,8 +538,9 @@ def newton(max_steps: int = 50, atol: float | None = None, damping: float = 0.0)
     """Newton's method with the dense Hessian and backtracking, for small problems.
 
     Quadratic convergence: near the solution the number of right digits doubles with every step, down to
-    rounding. Where the Hessian is not positive definite its negative eigenvalues change sign, so that the step
-    goes downhill, and the info says so. One Hessian per step, counted as one gradient for each parameter, and two matrices of memory.
+    rounding. Where the Hessian is not positive definite its negative eigenvalues change sign, so that the
+    step goes downhill, and the info says so. One Hessian per step, counted as one gradient for each
+    parameter, and two matrices of memory.
 
     Args:
       max_steps: steps at most; backtracking halves a step at most 30 times, then it ends there.
@@ -557,7 +558,7 @@ def newton(max_steps: int = 50, atol: float | None = None, damping: float = 0.0)
     )
 
 
-# --- Stochastic ----------------------------------------------------------------------------------------------
+# --- Stochastic ---------------------------------------------------------------------------------------------
 
 
 class _Epochs(NamedTuple):
@@ -633,14 +634,15 @@ def epoch_sgd(
     """Epoch-SGD: gradient steps on batches, for strongly convex losses seen through noise.
 
     Epoch ``s = 0, 1, ...`` begins at the mean of the epoch before, ``c``, and takes ``steps 2^s`` steps of
-    size ``step_size / 2^s``, each projected onto the ball around ``c`` of radius ``radius / 2^(s/2)``; the mean
-    of its iterates is where the next begins. The expected squared error falls like one over the number of all
-    steps, ``steps (2^epochs - 1)``, the best rate that noisy gradients allow, and the balls keep a rare bad
-    batch from throwing it far.
+    size ``step_size / 2^s``, each projected onto the ball around ``c`` of radius ``radius / 2^(s/2)``; the
+    mean of its iterates is where the next begins. The expected squared error falls like one over the number
+    of all steps, ``steps (2^epochs - 1)``, the best rate that noisy gradients allow, and the balls keep a
+    rare bad batch from throwing it far.
 
-    Step ``j`` takes batch ``j`` of the draw, counted through all epochs: fresh batches beyond the outer step's
-    own where the source is sampled, else the last again. The gradient is measured between epochs and at the
-    end on the draw's last batch; with minibatches that is a noisy number, and not the residual of all data.
+    Step ``j`` takes batch ``j`` of the draw, counted through all epochs: fresh batches beyond the outer
+    step's own where the source is sampled, else the last again. The gradient is measured between epochs and
+    at the end on the draw's last batch; with minibatches that is a noisy number, and not the residual of all
+    data.
 
     Args:
       step_size: of the first epoch; at most about ``1 / L`` for an L-smooth loss on a batch, and a few times
@@ -657,8 +659,8 @@ def epoch_sgd(
     steps = validation.whole_number("steps", steps, 1)
     if steps * 2**epochs >= 2**31:
         raise ValueError(
-            f"epochs doubles the steps each time: {epochs} epochs from {steps} steps are {steps * (2**epochs - 1)} "
-            "steps in all. Take fewer."
+            f"epochs = {epochs} doubles the {steps} steps of the first so often that "
+            f"{steps * (2**epochs - 1)} are taken in all. Take fewer."
         )
     return EpochSGD(
         validation.number("step_size", step_size, positive=True),
@@ -669,7 +671,7 @@ def epoch_sgd(
     )
 
 
-# --- Fixed points --------------------------------------------------------------------------------------------
+# --- Fixed points -------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -712,7 +714,8 @@ def picard(max_steps: int = 1000, atol: float | None = None) -> Picard:
 
     Args:
       max_steps: steps at most.
-      atol: Euclidean norm of ``update(params) - params``; default the square root of the dtype's rounding unit.
+      atol: Euclidean norm of ``update(params) - params``; default the square root of the dtype's rounding
+        unit.
 
     Raises:
       TypeError, ValueError: a setting that is no number or out of range.

@@ -129,8 +129,8 @@ def _start(plan: Plan, params, hparams, key, train, valid, model_state):
         key=_copy(key),
         hparams=_copy(hparams),
         best=best,
-        rows=jnp.zeros((plan.capacity, len(plan.columns)), outer.dtype),
-        trail=jnp.zeros((plan.capacity, trail_width(hparams)), outer.dtype),
+        rows=jnp.zeros((plan.capacity, len(plan.columns)), jnp.promote_types(outer.dtype, jnp.float32)),
+        trail=jnp.zeros((plan.capacity, trail_width(hparams)), _trail_dtype(hparams)),
         step=jnp.int32(0),
         status=jnp.int32(Status.RUNNING),
     )
@@ -185,12 +185,13 @@ def _row(plan: Plan, info, due, key, valid, test):
         *(info.metrics[name] for name in plan.metrics),
     ]  # fmt: skip
     nothing = jnp.full_like(value, jnp.inf)
+    dtype = jnp.promote_types(value.dtype, jnp.float32)
 
     def outer_on(batch):
         def measure():
             hparams = plan.method.seen(info.hparams, -1)
             out, metrics = outer_value(plan.problem, info.params, hparams, batch, info.model_state)
-            return jnp.stack([out, *(metrics[name].astype(out.dtype) for name in plan.metrics)])
+            return jnp.stack([out, *(jnp.asarray(metrics[name], out.dtype) for name in plan.metrics)])
 
         width = 1 + len(plan.metrics)
         return jax.lax.cond(due, measure, lambda: jnp.broadcast_to(nothing, (width,)))
@@ -200,7 +201,7 @@ def _row(plan: Plan, info, due, key, valid, test):
         columns.append(value)
     if plan.tests:
         columns.extend(outer_on(test.whole(key)))
-    return _pack(columns, nothing.dtype), value
+    return _pack(columns, dtype), value
 
 
 def _pack(columns, dtype) -> jax.Array:
@@ -212,6 +213,10 @@ def _pack(columns, dtype) -> jax.Array:
 
 
 # --- The trajectory: recorded here as samples of every leaf, reduced to quantiles by the host ------
+
+
+def _trail_dtype(hparams):
+    return functools.reduce(jnp.promote_types, (x.dtype for x in jax.tree.leaves(hparams)), jnp.float32)
 
 
 def _recorded(size: int) -> int:

@@ -141,8 +141,8 @@ def _factors(images, squares, vectors):
     """
     used = squares != 0
     scale = jnp.where(used, 1 / jnp.sqrt(jnp.where(used, jnp.abs(squares), 1)), 0)
-    basis, factor = orthonormal(combine(vectors * scale, images))
-    core = (factor * jnp.sign(squares)) @ factor.T
+    basis, factor = orthonormal(combine(vectors * scale[None, :], images))
+    core = (factor * jnp.sign(squares)[None, :]) @ factor.T
     values, rotation = jnp.linalg.eigh((core + core.T) / 2)
     return combine(rotation, basis), values
 
@@ -152,7 +152,7 @@ def _unit_vectors(indices, like):
     leaves, treedef = jax.tree.flatten(like)
     out, start = [], 0
     for leaf in leaves:
-        at = jnp.arange(start, start + leaf.size) == indices[:, None]
+        at = jnp.arange(start, start + leaf.size)[None, :] == indices[:, None]
         out.append(at.astype(leaf.dtype).reshape(indices.size, *leaf.shape))
         start += leaf.size
     return jax.tree.unflatten(treedef, out)

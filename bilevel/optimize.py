@@ -18,15 +18,16 @@ import optax
 from bilevel import data, loop, validation
 from bilevel.constraints import bind
 from bilevel.estimators.implicit import implicit
-from bilevel.feed import Feed
+from bilevel.feed import EpisodeHalf, Feed, halves
 from bilevel.linear_solvers import cg
 from bilevel.methods.alternating import alternating
 from bilevel.problem import Method, Problem
 from bilevel.result import Result
 from bilevel.run import Run
 
-# Rows of a chunk's buffers: no chunk has more outer steps. Iterables are stacked for so many.
-_CAPACITY, _FED_CAPACITY = 512, 16
+# Rows of a chunk's buffers: no chunk has more outer steps.
+_CAPACITY = 512
+_FED = (Feed, EpisodeHalf)
 
 DEFAULT_METHOD = alternating(
     implicit(cg(max_steps=20)), inner=optax.adam(1e-2), outer=optax.adam(5e-2), inner_steps=20
@@ -62,9 +63,9 @@ def optimize(
       params: where the inner problem starts; a pytree of floating arrays. May be None for a problem with a
         ``start`` of its own.
       hparams: where the hyperparameters start; a pytree of floating arrays or floats, natural units.
-      train: training data: a pytree of arrays (used whole), `minibatches`, `stacked`, `with_rng`, or any
-        Python iterable of batches.
-      valid: validation data, likewise (not `stacked`).
+      train: training data: a pytree of arrays (used whole), `minibatches`, `stacked`, `with_rng`, any Python
+        iterable of batches, or `episodes`.
+      valid: validation data, likewise (not `stacked`); None with `episodes`, which hold both.
       method: default `alternating` with implicit gradients and Adam at both levels.
       steps: outer steps.
       key: PRNG key of the run; default ``jax.random.key(0)``.
@@ -127,13 +128,10 @@ def optimize(
     feeds: list[Feed] = []
     try:
         per_step = method.batches_per_step[0]
-        sources = [
-            _source(feeds, train, "train", per_step, single=False),
-            _source(feeds, valid, "valid", 1, single=True),
-        ]
-        examples = [source.example() if isinstance(source, Feed) else source for source in sources]
+        sources = _sources(feeds, train, valid, per_step)
+        examples = [source.example() if isinstance(source, _FED) else source for source in sources]
         data.check_sources(examples[0], examples[1], per_step)
-        test = None if test is None else data.whole_source(data.as_source(test, "test"), "test")
+        test = None if test is None else _test_source(test)
         seen = method.seen(hparams, 0)
         params = validation.first_params(problem, params, seen, lambda: examples[0].batch(key, 0), key)
         batch, valid_batch = (data.abstract_batch(source) for source in examples)
@@ -144,14 +142,17 @@ def optimize(
         plan = loop.Plan(
             problem=problem,
             method=method,
-            capacity=_FED_CAPACITY if feeds else _CAPACITY,
+            capacity=min([_CAPACITY, *(feed.capacity for feed in feeds)]),
             judge_every=judge_every,
-            keep_best=bool(keep_best) and not isinstance(sources[1], Feed),
-            judges=examples[1].sampled,
+            keep_best=bool(keep_best) and not isinstance(sources[1], _FED),
+            judges=examples[1].renewed and not isinstance(sources[1], _FED),
             tests=test is not None,
             metrics=metrics,
         )
         _check_columns(plan)
+        validation.zero_gradient_trap(
+            problem, method.differentiated, params, seen, lambda: examples[0].batch(key, 0), model_state
+        )
         carry, *start_values = loop.compiled_start(plan)(params, hparams, key, *examples, model_state)
         validation.finite_losses(*(np.asarray(value) for value in start_values))
         return Run(plan, carry, sources, test, steps, tol, callbacks, began).go(progress)
@@ -171,6 +172,27 @@ def _callbacks(callbacks) -> tuple[Callable, ...]:
     if not isinstance(several, Sequence) or not all(callable(callback) for callback in several):
         raise TypeError(f"callbacks must be functions (step, rows), got {callbacks!r}.")
     return tuple(several)
+
+
+def _test_source(test) -> data.Source:
+    if data.is_iterable(test):
+        raise TypeError(f"test must be arrays, got a Python iterable ({type(test).__name__}).")
+    return data.whole_source(data.as_source(test, "test"), "test")
+
+
+def _sources(feeds: list[Feed], train, valid, per_step: int) -> list:
+    if isinstance(train, data.Episodes):
+        if valid is not None:
+            raise ValueError("valid must be None where train is episodes(...), which holds both.")
+        feed, *both = halves(train)
+        feeds.append(feed)
+        return both
+    if train is valid and data.is_iterable(train):
+        raise ValueError("train and valid are the same iterable; each batch would go to one of the two.")
+    return [
+        _source(feeds, train, "train", per_step, single=False),
+        _source(feeds, valid, "valid", 1, single=True),
+    ]
 
 
 def _source(feeds: list[Feed], value, name: str, per_step: int, single: bool):

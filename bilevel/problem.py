@@ -248,6 +248,12 @@ def updated(problem: Any, params, hparams, batch, model_state) -> tuple[Params, 
 def _require_callable(name: str, fn, signature: str) -> None:
     if not callable(fn):
         raise TypeError(f"{name} must be a function {signature}, got {fn!r}.")
+    try:
+        hash(fn)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be hashable, as functions and frozen dataclasses are, got {fn!r}."
+        ) from None
 
 
 def _finish_problem(problem: Problem | FixedPoint) -> None:
@@ -499,6 +505,11 @@ class Method(Protocol):
 
     def init(self, problem: AnyProblem, params, hparams, train, valid, *, key, model_state=None) -> PyTree:
         """The first state; it has the properties ``params`` and ``hparams`` (natural units)."""
+        ...
+
+    @property
+    def differentiated(self) -> Any:
+        """The inner optimiser through whose steps derivatives are taken, or None."""
         ...
 
     def seen(self, hparams: HParams, j) -> HParams:

@@ -15,7 +15,12 @@ from bilevel.problem import HParams, Params, PyTree, Status
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The pair with the lowest outer value, both as they were when it was measured."""
+    """The pair with the lowest outer value, both as they were when it was measured.
+
+    Where no pair is kept (``keep_best=False``, validation batches of an iterable) it is the last one, and
+    ``value`` the one that was measured last, before the last outer update. A ``step`` equal to the number of
+    steps done is the end of the run.
+    """
 
     params: Params
     hparams: HParams
@@ -54,7 +59,8 @@ class Result:
       seconds: of the whole call, compilation included.
       test: outer and its metrics on the test split, for the "last" and the "best" pair; None without one.
       model_state: mutable model state.
-      state: the method's state, to go on from with its ``step``; not saved.
+      state: the method's state, to go on from with its ``step``; not saved. It shares its arrays with
+        ``params``: donate a copy, not this one.
     """
 
     params: Params

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from bilevel import diagnosis, loop
-from bilevel.constraints import Box, bind
-from bilevel.feed import Feed
+from bilevel.constraints import Box, Fixed, bind
+from bilevel.feed import EpisodeHalf, Feed
 from bilevel.problem import Status
 from bilevel.progress import reporter
 from bilevel.result import Best, Result, Trajectory
@@ -41,7 +41,9 @@ class Run:
         self.rows: list[np.ndarray] = []
         self.trail: list[tuple[np.ndarray, list[np.ndarray]]] = []
         self.seconds: list[np.ndarray] = []
-        self.bounded = any(isinstance(c, Box) for c in bind(plan.problem.constraints, carry.hparams).leaves)
+        self.pending: tuple[Any, float] | None = None
+        leaves = bind(plan.problem.constraints, carry.hparams).leaves
+        self.may_rest = any(isinstance(c, Box) for c in leaves) or all(isinstance(c, Fixed) for c in leaves)
         self.done = 0
         self.told = (0, 0)  # chunks and steps that callbacks have seen
         self.ended: tuple[Status, str] | None = None
@@ -57,16 +59,21 @@ class Run:
                     if interrupt.seen and self.ended is None:
                         self.ended = Status.INTERRUPTED, "Interrupted by the user."
         except KeyboardInterrupt:
-            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.carry)):
-                raise  # the second Ctrl-C, in the middle of a chunk
-            self.ended = Status.INTERRUPTED, "Interrupted by the user."
+            self._collect()  # a chunk that was under way
+            self.ended = self.ended or (Status.INTERRUPTED, "Interrupted by the user.")
         except Exception as error:
             # From a callback or a data iterable: the user's own, passed on with what was computed.
             self.ended = Status.INTERRUPTED, f"{type(error).__name__} in a callback or an iterable."
-            error.partial_result = self.result()  # type: ignore[attr-defined]
-            error.add_note("bilevel: what was computed so far is in this exception's partial_result.")
+            _attach(error, self.result()[0])
             raise
-        return self.result()
+        result, warned = self.result()
+        if warned:
+            try:
+                warnings.warn(warned, RuntimeWarning, stacklevel=3)
+            except RuntimeWarning as error:
+                _attach(error, result)
+                raise
+        return result
 
     # --- one chunk ---
 
@@ -76,20 +83,29 @@ class Run:
         if length == 0:
             return
         before = time.perf_counter()
-        carry = loop.compiled(self.plan)(
-            self.carry,
-            np.int32(self.done + length),
-            np.float64(self.tol),
-            *sources,
-            self.test,
-        )
-        self.carry = carry
-        taken = int(carry.step) - self.done  # waits for the chunk
+        bounds = np.int32(self.done + length), np.float64(self.tol)
+        carry = loop.compiled(self.plan)(self.carry, *bounds, *sources, self.test)
+        self.pending = carry, before
+        self._collect()
+        if self.callbacks and self._callback_due():
+            self._call_back()
+        if self.ended is None and self.done >= self.steps:
+            self.ended = Status.BUDGET, f"All {self.steps} outer steps are done."
+
+    def _collect(self) -> None:
+        """Wait for the chunk under way, if any, and take what it brought; all of it or nothing."""
+        if self.pending is None:
+            return
+        carry, before = self.pending
+        taken = int(carry.step) - self.done  # waits
         after = time.perf_counter()
-        self.rows.append(np.array(carry.rows)[:taken])
-        self._record_trail(np.asarray(carry.trail)[:taken])
-        self.seconds.append(before - self.began + (after - before) * np.arange(1, taken + 1) / max(taken, 1))
-        first = self.done
+        rows = np.asarray(carry.rows)[:taken].copy()
+        trail = self._thin(np.asarray(carry.trail)[:taken], carry.hparams)
+        seconds = before - self.began + (after - before) * np.arange(1, taken + 1) / max(taken, 1)
+        first, self.pending, self.carry = self.done, None, carry
+        self.rows.append(rows)
+        self.trail.extend(trail)
+        self.seconds.append(seconds)
         self.done += taken
         self._adapt(taken, after - before, first)
         status = Status(int(carry.status))
@@ -97,19 +113,14 @@ class Run:
             self.ended = status, f"The gradient norm is at most tol = {self.tol:g}."
         elif status != Status.RUNNING:
             self.ended = status, diagnosis.why_ended(status, self.history())
-        if self.callbacks and self._callback_due():
-            self._call_back()
-        if self.ended is None and self.done >= self.steps:
-            self.ended = Status.BUDGET, f"All {self.steps} outer steps are done."
 
-    def _record_trail(self, trail: np.ndarray) -> None:
+    def _thin(self, trail: np.ndarray, hparams) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+        """The rows of the trajectory that are kept, with their outer steps."""
         steps = np.arange(self.done, self.done + len(trail))
-        hparams = self.carry.hparams
         if any(loop.quantile_leaves(hparams)):
             due = steps % self.plan.judge_every == 0
             steps, trail = steps[due], trail[due]
-        if len(steps):
-            self.trail.append((steps, loop.unpack_trail(trail.copy(), hparams)))
+        return [(steps, loop.unpack_trail(trail.copy(), hparams))] if len(steps) else []
 
     def _next_length(self) -> int:
         length = min(self.chunk_length, self.plan.capacity, self.steps - self.done)
@@ -127,7 +138,7 @@ class Run:
         """Sources for the next steps, and how many steps they last; ends the run where they do not."""
         fed: list[Any] = []
         for source in self.sources:
-            if isinstance(source, Feed):
+            if isinstance(source, (Feed, EpisodeHalf)):
                 chunk, length = source.chunk(length, self.plan.capacity)
                 if length == 0:
                     self.ended = Status.DATA_EXHAUSTED, f"{source.why_ended}."
@@ -174,16 +185,14 @@ class Run:
         history["seconds"] = np.concatenate(self.seconds[chunk:] or [np.zeros(0)])
         return history
 
-    def result(self) -> Result:
-        """The result of the run as it stands."""
+    def result(self) -> tuple[Result, str]:
+        """The result of the run as it stands, and what deserves a warning."""
         state, history = self.carry.state, self.history()
         params, hparams = state.params, self.carry.hparams
         best = self._best(params, hparams, history)
         status, message = self.ended or (Status.INTERRUPTED, "Interrupted by the user.")
-        status, advice, warned = diagnosis.final(status, history, self.bounded)
-        if warned:
-            warnings.warn(" ".join(warned), RuntimeWarning, stacklevel=4)
-        return Result(
+        status, advice, warned = diagnosis.final(status, history, self.may_rest)
+        result = Result(
             params=params,
             hparams=hparams,
             best=best,
@@ -196,15 +205,28 @@ class Run:
             model_state=state.model_state,
             state=state,
         )
+        return result, " ".join(warned)
 
     def _best(self, params, hparams, history) -> Best:
-        if self.carry.best is not None and np.isfinite(self.carry.best[3]):
-            best_params, best_hparams, model_state, value, step = self.carry.best
-            return Best(best_params, best_hparams, float(value), int(step), model_state)
+        model_state = self.carry.state.model_state
         good = np.flatnonzero(history["accepted"])
-        value = float(history["value"][good[-1]]) if len(good) else float("nan")
-        step = int(good[-1]) if len(good) else 0
-        return Best(params, hparams, value, step, self.carry.state.model_state)
+        if self.carry.best is None:
+            step = int(good[-1]) if len(good) else 0
+            value = float(history["value"][step]) if len(good) else float("nan")
+            return Best(params, hparams, value, step, model_state)
+        kept = self.carry.best
+        best = Best(kept[0], kept[1], float(kept[3]), int(kept[4]), kept[2])
+        if self.plan.judges and len(good):
+            # A sampled source was judged every so many steps: the pair at the end has its chance too.
+            value = float(self._measure(params, hparams, model_state, self.sources[1])[0])
+            if value < best.value:
+                return Best(params, hparams, value, self.done, model_state)
+        if np.isfinite(best.value):
+            return best
+        return Best(params, hparams, float("nan"), 0, model_state)
+
+    def _measure(self, params, hparams, model_state, source):
+        return loop.compiled_test(self.plan)(params, hparams, model_state, self.carry.key, source)
 
     def _test(self, params, hparams, best) -> dict[str, dict[str, float]] | None:
         if self.test is None:
@@ -215,7 +237,7 @@ class Run:
         }
         measured = {}
         for name, pair in pairs.items():
-            value, metrics = loop.compiled_test(self.plan)(*pair, self.carry.key, self.test)
+            value, metrics = self._measure(*pair, self.test)
             measured[name] = {"value": float(value), **{k: float(v) for k, v in metrics.items()}}
         return measured
 
@@ -228,6 +250,11 @@ class Run:
         leaves = [np.concatenate(parts)[keep] for parts in zip(*(p for _, p in pieces), strict=True)]
         tree = jax.tree.unflatten(jax.tree.structure(hparams), leaves)
         return Trajectory(steps[keep], tree, loop.quantile_leaves(hparams))
+
+
+def _attach(error: BaseException, result: Result) -> None:
+    error.partial_result = result  # type: ignore[attr-defined]
+    error.add_note("bilevel: what was computed is in this exception's partial_result.")
 
 
 class Interrupt:

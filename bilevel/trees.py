@@ -33,6 +33,9 @@ def _spread(out, spec, tree, default, is_setting, name, of, path) -> None:
         out.extend([default if spec is None else spec] * len(jax.tree.leaves(tree)))
         return
     children, specs = _children(tree), _children(spec)
+    if not specs:
+        out.extend([default] * len(jax.tree.leaves(tree)))
+        return
     unknown = [child for child in specs if child not in children]
     if unknown or (not isinstance(spec, Mapping) and len(specs) != len(children)):
         have = ", ".join(children) if children else "no parts: it is one array"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.constraints import Fixed, bind
-from bilevel.inner_solvers import Tuned, inner_step, start_point
+from bilevel.inner_solvers import Tuned, inner_step, optimizer_at, start_point
 from bilevel.problem import (
     Estimator,
     FixedPoint,
@@ -170,6 +170,58 @@ def _what(value) -> str:
         if is_kind(value):
             return what if what == "an optax optimiser" else f"{what}, {value!r:.120}"
     return repr(value)
+
+
+# --- Derivatives of optimisers ---------------------------------------------------------------------------
+
+
+def zero_gradient_trap(problem, inner, params, hparams, batch: Callable, model_state) -> None:
+    """Raise ValueError where an optimiser's derivative is nan at the first gradient.
+
+    Adam divides by ``sqrt(v + eps_root)``, whose derivative is infinite at ``v = 0``: with the default
+    ``eps_root=0`` one entry of the gradient that is exactly zero (a pixel that is always black) makes every
+    derivative through the step nan.
+
+    Args:
+      problem: the problem.
+      inner: the optimiser that derivatives are taken through, or None.
+      params: where it starts.
+      hparams: as the inner loss sees them.
+      batch: makes the first training batch.
+      model_state: mutable model state, or None.
+    """
+    if inner is None or isinstance(problem, FixedPoint):
+        return
+    # A tuned optimiser is judged with the values that it starts with.
+    if not _nan_at_zero(optimizer_at(inner, hparams)):
+        return
+    grad = jax.jit(jax.grad(lambda p, b: inner_value(problem, p, hparams, b, model_state)[0]))(
+        params, batch()
+    )
+    for path, leaf in jax.tree_util.tree_flatten_with_path(grad)[0]:
+        zeros = int(np.sum(np.asarray(leaf) == 0))
+        if zeros:
+            raise ValueError(
+                "inner: the derivative of this optimiser is nan where an entry of the gradient is exactly 0, "
+                f"as {zeros} of {leaf.size} are in params{name_of(path)} at the start. With optax.adam and "
+                "its kin write eps_root=1e-8; or take an estimator of the implicit family."
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _nan_at_zero(optimizer) -> bool:
+    """Whether the derivative of an update by the gradient is nan at a gradient of zero."""
+    params = jnp.ones(2)
+
+    def update(grad):
+        updates, _ = optimizer.update(grad, optimizer.init(params), params)
+        return jnp.sum(updates)
+
+    try:
+        slope = jax.jit(jax.grad(update))(jnp.array([0.0, 1.0]))
+    except Exception:  # an optimiser that wants more than a gradient is not judged
+        return False
+    return bool(np.isnan(np.asarray(slope)).any())
 
 
 # --- The problem on the data -----------------------------------------------------------------------

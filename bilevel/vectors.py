@@ -103,9 +103,8 @@ def orthonormal(stack: PyTree) -> tuple[PyTree, jax.Array]:
         squares, vectors = jnp.linalg.eigh(gram(stack, stack))
         kept = squares > squares.size * jnp.finfo(squares.dtype).eps * squares[-1]
         lengths = jnp.sqrt(jnp.where(kept, squares, 1))
-        return combine(vectors * jnp.where(kept, 1 / lengths, 0), stack), (
-            jnp.where(kept, lengths, 0)[:, None] * vectors.T
-        )
+        inverse = jnp.where(kept, 1 / lengths, 0)[None, :]
+        return combine(vectors * inverse, stack), jnp.where(kept, lengths, 0)[:, None] * vectors.T
 
     basis, first = once(stack)
     basis, second = once(basis)

@@ -139,17 +139,22 @@ ESTIMATORS = (
 class SolverRow:
     """A linear solver that solves what `tests/test_linear_solvers.py` asks to ``rtol``, and what it can do.
 
+    ``make``: for systems of so many unknowns. ``solves``: so many of them in a row until it is there.
     ``memory``: it starts at its last solution. ``adaptive``: stops at a tolerance. ``symmetric``: needs a
-    symmetric matrix. ``products``: with the matrix, for ``(size, steps)``.
+    symmetric matrix. ``measured``: reports the residual of its answer, for any matrix. ``curvature``: notices
+    a negative one. ``products``: with the matrix in one solve, for ``(size, steps)``.
     """
 
     factory: str
-    make: Callable[[], Any]
+    make: Callable[[int], Any]
     rtol: float
     products: Callable[[int, int], int]
+    solves: int = 1
     memory: bool = False
     adaptive: bool = False
     symmetric: bool = True
+    measured: bool = True
+    curvature: bool = True
 
     def __repr__(self) -> str:
         return self.factory
@@ -159,16 +164,47 @@ class SolverRow:
 SOLVERS = (
     SolverRow(
         "cg",
-        lambda: bilevel.cg(max_steps=40, tol=1e-12),
+        lambda size: bilevel.cg(max_steps=40, tol=1e-12),
         rtol=1e-11,
         products=lambda size, steps: steps + 1,
         memory=True,
         adaptive=True,
     ),
     # (1 - 0.8 * 0.5)^60 = 5e-14
-    SolverRow("neumann", lambda: bilevel.neumann(60, 0.8), rtol=1e-11, products=lambda size, steps: 59),
     SolverRow(
-        "dense", lambda: bilevel.dense(), rtol=1e-11, products=lambda size, steps: size, symmetric=False
+        "neumann",
+        lambda size: bilevel.neumann(60, 0.8),
+        rtol=1e-11,
+        products=lambda size, steps: 59,
+        measured=False,
+    ),
+    SolverRow(
+        "dense", lambda size: bilevel.dense(), rtol=1e-11, products=lambda size, steps: size, symmetric=False
+    ),
+    SolverRow(
+        "nystrom",
+        lambda size: bilevel.nystrom(size, 1e-12),
+        rtol=1e-11,
+        products=lambda size, steps: size + 1,
+    ),
+    SolverRow(
+        "gmres",
+        lambda size: bilevel.gmres(max_steps=40, tol=1e-14),
+        rtol=1e-11,
+        products=lambda size, steps: steps + 2,
+        memory=True,
+        adaptive=True,
+        symmetric=False,
+        curvature=False,
+    ),
+    SolverRow(
+        "sgd",
+        lambda size: bilevel.sgd(0.8),
+        rtol=1e-11,
+        products=lambda size, steps: 1,
+        solves=60,
+        memory=True,
+        measured=False,
     ),
 )
 
@@ -231,9 +267,6 @@ METHODS = (
 
 # Public factories that raise NotImplementedError in this release.
 LATER = {
-    "gmres",
-    "nystrom",
-    "sgd",
     "lift",
     "composite",
     "FixedPoint",

@@ -817,9 +817,6 @@ LATER = [
     ("strata", lambda: minibatches(strata=2), "strata="),
     ("fixed", lambda: minibatches(fixed=True), "fixed=True"),
     ("gauss_newton", lambda: bilevel.implicit(curvature="gauss_newton"), "gauss_newton"),
-    ("nystrom", lambda: bilevel.nystrom(5, 0.1), "Nystrom"),
-    ("gmres", lambda: bilevel.gmres(), "gmres"),
-    ("sgd", lambda: bilevel.sgd(0.1), "sgd"),
     ("episodes", lambda: bilevel.episodes(iter([(DATA, DATA)])), "episodes"),
 ]  # fmt: skip
 

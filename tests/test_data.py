@@ -190,7 +190,7 @@ def test_draw_from_minibatches():
 def test_fresh_batches_are_those_of_no_other_step():
     source, steps = numbered(100, 10), 2
     fresh = [
-        frozenset(np.asarray(draw(source, KEY, position, steps)(j)["i"]).tolist())
+        frozenset(np.asarray(draw(source, KEY, position, steps, position)(j)["i"]).tolist())
         for position in (0, 2, 4, 10, 12)
         for j in (2, 3, 4)
     ]
@@ -261,14 +261,24 @@ def test_whole_gives_all_at_every_step():
 def test_keys_of_with_rng(name):
     """Another key at every inner step and every outer step, the same one for the same batch."""
     source, steps = SOURCES[f"{name} with keys"], 3
-    draws = [draw(source, KEY, position, steps) for position in (0, 3, 6)]
+    draws = [draw(source, KEY, steps * count, steps, count) for count in range(3)]
     keys = [tuple(np.asarray(jax.random.key_data(d(j)[1])).tolist()) for d in draws for j in range(steps)]
     assert len(set(keys)) == 9
-    again = draw(source, KEY, 3, steps)
+    again = draw(source, KEY, 3, steps, 1)
     for j in range(steps):
         assert same(draws[1](j), again(j))
-        assert same(draws[1](j)[0], draw(SOURCES[name], KEY, 3, steps)(j))
+        assert same(draws[1](j)[0], draw(SOURCES[name], KEY, 3, steps, 1)(j))
         assert draws[1](j)[1].shape == ()
+
+
+def test_a_step_that_takes_no_batches_draws_fresh_ones():
+    source, steps = numbered(100, 10), 2
+    own = [frozenset(np.asarray(source.index(KEY, t)).tolist()) for t in range(20)]
+    skipped = [draw(source, KEY, 4, steps, count, own=jnp.bool_(False)) for count in (3, 4)]
+    drawn = [frozenset(np.asarray(d(j)["i"]).tolist()) for d in skipped for j in range(3)]
+    assert len({*own, *drawn}) == 26
+    taken = draw(source, KEY, 4, steps, 3, own=jnp.bool_(True))
+    assert frozenset(np.asarray(taken(1)["i"]).tolist()) == own[5]
 
 
 def test_keys_of_fresh_batches_are_new():

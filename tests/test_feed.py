@@ -1,7 +1,6 @@
 """Python iterables as data: order, ends, failures, bad batches, chunks and threads."""
 
 import itertools
-import sys
 import threading
 import time
 
@@ -325,7 +324,7 @@ def test_results_do_not_depend_on_the_capacity_of_a_chunk(capacity, monkeypatch)
     train, valid = batches(43), batches(30, seed=1)
     train[20] = BAD
     whole = run(iter(train), iter(valid))
-    monkeypatch.setattr(sys.modules["bilevel.optimize"], "_FED_CAPACITY", capacity)
+    monkeypatch.setattr("bilevel.feed._STEPS", capacity)
     chunked = run(iter(train), iter(valid))
     assert whole.status == chunked.status == bilevel.Status.DATA_EXHAUSTED
     assert whole.message == chunked.message

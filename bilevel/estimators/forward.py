@@ -20,22 +20,32 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from bilevel.estimators.rollout import Trajectory, settings
+from bilevel import validation
+from bilevel.estimators.rollout import TrajectoryEstimator, settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Forward(Trajectory):
+class Forward(TrajectoryEstimator):
     """See `forward`."""
 
     def estimate(self, problem, state, point, hparams, draw, valid, key):
         """Eq. (1) from the point given; the point of the estimate is the end of the trajectory."""
         fn = self.outer_at_end(problem, point, draw, valid, key)
-        flat, unravel = ravel_pytree(hparams)
+        leaves, treedef = jax.tree.flatten(hparams)
+        tuned = validation.tuned_leaves(problem, hparams)
+        flat, unravel = ravel_pytree([x for x, moves in zip(leaves, tuned, strict=True) if moves])
+
+        def spread(vector):
+            """A tree like hparams; zero where a leaf is fixed."""
+            moving = iter(unravel(vector))
+            parts = [next(moving) if t else jnp.zeros_like(x) for x, t in zip(leaves, tuned, strict=True)]
+            return jax.tree.unflatten(treedef, parts)
+
         value, tangents, (end, metrics) = jax.vmap(
-            lambda t: jax.jvp(fn, (hparams,), (unravel(t),), has_aux=True),
+            lambda t: jax.jvp(fn, (hparams,), (spread(t),), has_aux=True),
             out_axes=(None, 0, None),
         )(jnp.eye(flat.size, dtype=flat.dtype))
-        grad = unravel(tangents.astype(flat.dtype))
+        grad = spread(tangents.astype(flat.dtype))
         return self.report(value, grad, end, metrics, draw, valid, passes=flat.size), state
 
 

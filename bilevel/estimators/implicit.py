@@ -80,7 +80,8 @@ class Implicit:
         b_norm = norm(b)
         residual = norm(axpy(-1.0, hv, b))
         batch = draw.last
-        train_rows, valid_rows = rows(batch) * max(1, self.batches), rows(valid)
+        averaged = max(1, self.batches) if draw.sampled else 1
+        train_rows, valid_rows = rows(batch) * averaged, rows(valid)
         estimate = Estimate(
             value=value,
             grad=axpy(-1.0, cross, direct),
@@ -107,7 +108,7 @@ class Implicit:
             return lambda params, hparams: inner_value(problem, params, hparams, batch, point.model_state)[0]
 
         def inner(params, hparams):
-            if not self.batches:
+            if not (self.batches and draw.sampled):
                 return inner_on(draw.last)(params, hparams)
             fresh = jnp.arange(draw.steps, draw.steps + self.batches)
             return jnp.mean(jax.vmap(lambda j: inner_on(draw(j))(params, hparams))(fresh))

@@ -23,7 +23,7 @@ from bilevel.trees import spread
 
 
 @dataclasses.dataclass(frozen=True)
-class Trajectory:
+class TrajectoryEstimator:
     """What the estimators of this family have in common."""
 
     inner: Any
@@ -116,7 +116,7 @@ def settings(inner, steps, truncate, per_step) -> tuple[Any, int | None, int | N
     return inner, steps, truncate, per_step
 
 
-def rollout(settings: Trajectory, problem, point: Point, hparams, draw, key) -> Point:
+def rollout(settings: TrajectoryEstimator, problem, point: Point, hparams, draw, key) -> Point:
     """The point after all steps; differentiable by hparams through the last ``truncate`` of them."""
     total, kept = settings.lengths
     first = total - kept

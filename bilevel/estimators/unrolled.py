@@ -30,17 +30,25 @@ import dataclasses
 
 import jax
 
-from bilevel.estimators.rollout import Trajectory, settings
+from bilevel.estimators.rollout import TrajectoryEstimator, settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Unrolled(Trajectory):
+class Unrolled(TrajectoryEstimator):
     """See `unrolled`."""
 
     def estimate(self, problem, state, point, hparams, draw, valid, key):
         """Eq. (1) from the point given; the point of the estimate is the end of the trajectory."""
         fn = self.outer_at_end(problem, point, draw, valid, key)
-        (value, (end, metrics)), grad = jax.value_and_grad(fn, has_aux=True)(hparams)
+        try:
+            (value, (end, metrics)), grad = jax.value_and_grad(fn, has_aux=True)(hparams)
+        except ValueError as error:
+            if "Reverse-mode" not in str(error):
+                raise
+            raise ValueError(
+                "inner: reverse mode cannot pass through the while loop of this optimiser (a line search?); "
+                "take one without, bilevel.forward() or bilevel.implicit()."
+            ) from error
         return self.report(value, grad, end, metrics, draw, valid, passes=1), state
 
 

@@ -43,15 +43,19 @@ from bilevel.problem import (
 _REJECTIONS = 3
 
 
+def _copy(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
 @register
 @dataclasses.dataclass(frozen=True)
 class AlternatingState:
     """What the next outer step needs; leaves as listed, hparams in free units.
 
-    ``inner`` is the inner solver's state. ``origin`` is the first point, for methods that restart there, else
-    None. ``position`` counts the
-    training batches taken; batches are functions of ``key`` and position, and so is all randomness of ``key``
-    and ``count``, the outer steps attempted.
+    ``inner``, ``estimator`` and ``outer`` are the states of those three; ``finite`` says whether they are.
+    ``origin`` is the first point, for methods that restart there, else None. ``position`` counts the training batches
+    taken; batches are functions of ``key`` and position, and so is all randomness of ``key`` and ``count``,
+    the outer steps attempted. ``rejected`` counts rejections in a row.
     """
 
     point: Point
@@ -64,6 +68,7 @@ class AlternatingState:
     count: jax.Array
     position: jax.Array
     rejected: jax.Array
+    finite: jax.Array
     constraints: BoundConstraints = static()
 
     @property
@@ -118,6 +123,11 @@ class Alternating:
         return self._estimator.inner if self._estimator.trajectory else self.inner
 
     @property
+    def differentiated(self) -> Any:
+        """The inner optimiser through whose steps derivatives are taken, or None."""
+        return self._inner if self._estimator.trajectory else None
+
+    @property
     def _solves(self) -> bool:
         return isinstance(self.inner, LinearSolver)  # the same two functions as an inner solver
 
@@ -136,6 +146,8 @@ class Alternating:
         train = data.as_source(train, "train")
         valid = data.as_source(valid, "valid")
         data.check_sources(train, valid, self._steps)
+        if self.period != 1 and train.restarts and train.renewed:
+            raise ValueError("period would waste the batches of an iterable; take arrays or minibatches.")
         constraints = bind(problem.constraints, hparams)
         constraints.check(hparams)
         seen = self.seen(hparams, 0)
@@ -143,8 +155,7 @@ class Alternating:
         batches = data.abstract_batch(train), data.abstract_batch(valid)
         validation.problem_on_data(problem, self._inner, params, seen, *batches, model_state)
         # Copies, so that a loop that donates its state leaves the user's arrays alone.
-        copies = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, hparams, key, model_state))
-        return self._first_state(problem, constraints, *copies)
+        return self._first_state(problem, constraints, *_copy((params, hparams, key, model_state)))
 
     def _check_inner(self, problem) -> None:
         if isinstance(problem, FixedPoint):
@@ -160,88 +171,49 @@ class Alternating:
         free = constraints.to_free(hparams)
         optimizer = None if self._solves else self._inner
         point = start_point(optimizer, params, model_state, self.seen(hparams, 0))
+        estimator = self._estimator.init(problem, point, hparams)
+        inner = self.inner.init(problem, point, hparams) if self._solves else ()
+        outer = self.outer.init(free)
         return AlternatingState(
             point=point,
             free=free,
-            estimator=self._estimator.init(problem, point, hparams),
-            inner=self.inner.init(problem, point, hparams) if self._solves else (),
-            outer=self.outer.init(free),
-            origin=point if self.restart else None,
+            estimator=estimator,
+            inner=inner,
+            outer=outer,
+            origin=_copy(point) if self.restart else None,
             key=key,
             count=jnp.int32(0),
             position=jnp.int32(0),
             rejected=jnp.int32(0),
+            finite=tree_is_finite((point.opt_state, model_state, estimator, inner, outer)),
             constraints=constraints,
         )
 
     def step(self, problem, state, train, valid):
         """Eq. (1) to (3); rejected as a whole where a result is not finite."""
         train, valid = data.as_source(train, "train"), data.as_source(valid, "valid")
-        estimator, steps = self._estimator, self._steps
-        data.check_sources(train, valid, steps)
+        data.check_sources(train, valid, self._steps)
         hparams = state.hparams
-        key_train, key_valid, key_step = (jax.random.fold_in(state.key, i) for i in range(3))
-        draw = data.draw(train, key_train, state.position, steps)
-        valid_batch = valid.batch(key_valid, state.count)
-        key = jax.random.fold_in(key_step, state.count)
         moves = state.count % self.period == 0
-        start, inner = state.point if state.origin is None else state.origin, state.inner
-
-        if estimator.trajectory:
-            estimate, estimator_state = estimator.estimate(
-                problem, state.estimator, start, hparams, draw, valid_batch, key
-            )
-            point, gradients = estimate.point, estimate.counts.inner_grad
-        else:
-            start = started(problem, None if self._solves else self.inner, start, hparams, draw(0), key)
-            end, inner, taken = self._advance(problem, inner, start, hparams, draw, moves, key)
-            estimate, estimator_state = estimator.estimate(
-                problem,
-                state.estimator,
-                start if self.simultaneous else end,
-                hparams,
-                draw,
-                valid_batch,
-                key,
-            )
-            point, gradients = end, estimate.counts.inner_grad + taken * data.rows(draw.last)
-
+        estimate, end, inner, gradients = self._estimated(problem, state, hparams, moves, train, valid)
+        estimate, estimator = estimate
         grad = state.constraints.pull_back(state.free, estimate.grad)
-        updates, outer = optax.with_extra_args_support(self.outer).update(
-            grad, state.outer, state.free, value=estimate.value, grad=grad
+        free, outer = self._outer_update(state, estimate.value, grad)
+        proposed = dataclasses.replace(
+            state, point=end, free=free, estimator=estimator, inner=inner, outer=outer
         )
-        free = state.constraints.project(optax.apply_updates(state.free, updates), state.free)
-        if self.warmup:
-            warm = state.count >= self.warmup
-            free, outer = where(warm, (free, outer), (state.free, state.outer))
-
-        finite = {
-            NonFinite.VALUE: jnp.isfinite(estimate.value),
-            NonFinite.GRAD: jnp.isfinite(norm(grad)),
-            NonFinite.PARAMS: tree_is_finite(point.params),
-            NonFinite.STATE: tree_is_finite(
-                (point.opt_state, point.model_state, free, outer, estimator_state, inner)
-            ),
-        }
-        nonfinite = jnp.int32(0)
-        for flag, ok in finite.items():
-            nonfinite += jnp.where(ok, jnp.int32(0), jnp.int32(flag))
+        nonfinite, finite = _nonfinite(proposed, estimate, grad)
         accepted = nonfinite == 0
-        new = (point, free, estimator_state, inner, outer)
-        old = (state.point, state.free, state.estimator, state.inner, state.outer)
-        point, free, estimator_state, inner, outer = jax.lax.cond(accepted, lambda: new, lambda: old)
+        kept = jax.lax.cond(accepted, lambda: proposed, lambda: state)
         rejected = jnp.where(accepted, 0, state.rejected + 1)
+        # A step that nothing new enters would only repeat itself.
         allowed = _REJECTIONS if train.renewed or valid.renewed else 1
         new_state = dataclasses.replace(
-            state,
-            point=point,
-            free=free,
-            estimator=estimator_state,
-            inner=inner,
-            outer=outer,
+            kept,
             count=state.count + 1,
-            position=state.position + jnp.where(moves, steps, 0),
+            position=state.position + jnp.where(moves, self._steps, 0),
             rejected=rejected,
+            finite=jnp.where(accepted, finite, state.finite),
         )
         info = Info(
             value=estimate.value,
@@ -260,6 +232,42 @@ class Alternating:
         )
         return new_state, info
 
+    def _estimated(self, problem, state, hparams, moves, train, valid):
+        """Eq. (1) and (2): (estimate, its state), new point, inner solver's state, inner gradients."""
+        key_train, key_valid, key_step = (jax.random.fold_in(state.key, i) for i in range(3))
+        draw = data.draw(train, key_train, state.position, self._steps, state.count, own=moves)
+        valid_batch = valid.batch(key_valid, state.count)
+        key = jax.random.fold_in(key_step, state.count)
+        start = state.point if state.origin is None else state.origin
+
+        def estimate(point):
+            return self._estimator.estimate(problem, state.estimator, point, hparams, draw, valid_batch, key)
+
+        if self._estimator.trajectory:
+            estimated = estimate(start)
+            return estimated, estimated[0].point, state.inner, estimated[0].counts.inner_grad
+        start = started(problem, None if self._solves else self.inner, start, hparams, draw(0), key)
+        end, inner, taken = self._advance(problem, state.inner, start, hparams, draw, moves, key)
+        estimated = estimate(start if self.simultaneous else end)
+        gradients = estimated[0].counts.inner_grad + taken * data.rows(draw.last)
+        return estimated, end, inner, gradients
+
+    def _outer_update(self, state, value, grad):
+        """Eq. (3): hyperparameters in free units and the outer optimiser's state."""
+        try:
+            updates, outer = optax.with_extra_args_support(self.outer).update(
+                grad, state.outer, state.free, value=value, grad=grad
+            )
+        except TypeError as error:
+            raise TypeError(
+                "outer must be an optax optimiser that needs gradients only (no line search, which would "
+                f"evaluate the loss): {error}."
+            ) from error
+        free = state.constraints.project(optax.apply_updates(state.free, updates), state.free)
+        if not self.warmup:
+            return free, outer
+        return where(state.count >= self.warmup, (free, outer), (state.free, state.outer))
+
     def _advance(self, problem, inner_state, point, hparams, draw, moves, key):
         """Eq. (1) where ``period`` does not skip it: point, inner solver's state, gradients taken."""
 
@@ -273,6 +281,54 @@ class Alternating:
         if self.period == 1:
             return solve()
         return jax.lax.cond(moves, solve, lambda: (point, inner_state, jnp.float32(0)))
+
+
+def _nonfinite(state: AlternatingState, estimate, grad) -> tuple[jax.Array, jax.Array]:
+    """Where a proposed state is not finite, and whether its optimiser and estimator states are."""
+    finite = tree_is_finite(
+        (state.point.opt_state, state.point.model_state, state.estimator, state.inner, state.outer)
+    )
+    error_is_nan = jnp.isnan(estimate.error)  # norms that overflow
+    bad = {
+        NonFinite.VALUE: ~jnp.isfinite(estimate.value),
+        NonFinite.GRAD: ~jnp.isfinite(norm(grad)) | error_is_nan,
+        NonFinite.PARAMS: ~tree_is_finite(state.point.params),
+        # Some optimisers start from an infinite best value: only what was finite can become bad.
+        NonFinite.STATE: (~finite & state.finite) | ~tree_is_finite(state.free),
+    }
+    mask = jnp.int32(0)
+    for flag, is_bad in bad.items():
+        mask += jnp.where(is_bad, jnp.int32(flag), jnp.int32(0))
+    return mask, finite
+
+
+def _check_inner_loop(estimator: Any, inner, inner_steps: int) -> None:
+    """The inner loop is given once, to the method or to its estimator, and is of a kind that fits."""
+    own = estimator.trajectory and estimator.inner is not None
+    if own:
+        if inner is not None or inner_steps != 1:
+            raise ValueError(
+                "inner and inner_steps are given twice, to alternating and to its estimator "
+                f"({type(estimator).__name__.lower()}); give them to one of the two."
+            )
+        if estimator.steps is None:
+            raise ValueError("the estimator has inner= but no steps=; give both there, or both here.")
+    elif estimator.trajectory:
+        if estimator.steps is not None and inner is not None:
+            raise ValueError(
+                "the inner loop is given half here (inner=) and half to the estimator (steps=); give both "
+                "to one of the two."
+            )
+        if inner is not None:
+            validation.kind("inner", inner, "an inner optimiser")
+    elif isinstance(inner, Tuned):
+        raise TypeError(
+            "bilevel.tuned needs an estimator of the trajectory family, such as bilevel.unrolled() or "
+            "bilevel.forward(): the inner solution does not depend on the optimiser that found it, so that "
+            f"{type(estimator).__name__.lower()}() sees nothing of its hyperparameters."
+        )
+    elif inner is not None:
+        validation.kind("inner", inner, "an inner optimiser or solver")
 
 
 def alternating(
@@ -318,33 +374,8 @@ def alternating(
     inner_steps = validation.whole_number("inner_steps", inner_steps, 1)
     period = validation.whole_number("period", period, 1)
     warmup = validation.whole_number("warmup", warmup, 0)
-    settings: Any = estimator
-    own = settings.trajectory and settings.inner is not None
-    if own:
-        if inner is not None or inner_steps != 1:
-            raise ValueError(
-                "inner and inner_steps are given twice, to alternating and to its estimator "
-                f"({type(estimator).__name__.lower()}); give them to one of the two."
-            )
-        if settings.steps is None:
-            raise ValueError("the estimator has inner= but no steps=; give both there, or both here.")
-    elif settings.trajectory:
-        if settings.steps is not None and inner is not None:
-            raise ValueError(
-                "the inner loop is given half here (inner=) and half to the estimator (steps=); give both "
-                "to one of the two."
-            )
-        if inner is not None:
-            validation.kind("inner", inner, "an inner optimiser")
-    elif isinstance(inner, Tuned):
-        raise TypeError(
-            "bilevel.tuned needs an estimator of the trajectory family, such as bilevel.unrolled() or "
-            "bilevel.forward(): the inner solution does not depend on the optimiser that found it, so that "
-            f"{type(estimator).__name__.lower()}() sees nothing of its hyperparameters."
-        )
-    elif inner is not None:
-        validation.kind("inner", inner, "an inner optimiser or solver")
-    if settings.trajectory and (period != 1 or simultaneous):
+    _check_inner_loop(estimator, inner, inner_steps)
+    if getattr(estimator, "trajectory", False) and (period != 1 or simultaneous):
         raise ValueError(
             "period and simultaneous need an estimator of the implicit family; the trajectory family "
             "advances params in every estimate."
