@@ -53,9 +53,9 @@ class AlternatingState:
     """What the next outer step needs; leaves as listed, hparams in free units.
 
     ``inner``, ``estimator`` and ``outer`` are the states of those three; ``finite`` says whether they are.
-    ``origin`` is the first point, for methods that restart there, else None. ``position`` counts the training batches
-    taken; batches are functions of ``key`` and position, and so is all randomness of ``key`` and ``count``,
-    the outer steps attempted. ``rejected`` counts rejections in a row.
+    ``origin`` is the first point, for methods that restart there, else None. ``position`` counts the training
+    batches taken; batches are functions of ``key`` and position, and so is all randomness of ``key`` and
+    ``count``, the outer steps attempted. ``rejected`` counts rejections in a row.
     """
 
     point: Point
