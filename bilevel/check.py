@@ -43,7 +43,8 @@ class HypergradientCheck:
     ``estimated`` and ``differences``: directional derivatives, by the estimate and by finite differences, in
     free units. ``uncertainties``: of the latter. ``relative_errors``: of the former. ``solved_errors``: the
     same, had the estimate been taken at the inner solution (implicit family). ``inner_residual`` and
-    ``solver_residual``: norm of the inner gradient at the params given, and where the accurate solver ended.
+    ``solver_residual``: norm of the inner gradient at the params given, and where the accurate solver
+    ended at worst.
     ``error`` and ``error_kind``: what the estimate says of itself.
     """
 
@@ -173,7 +174,8 @@ def check_hypergradient(
 
         @jax.jit
         def value(free):
-            return estimate(params, bound.to_natural(free), train, valid, key).value
+            found = estimate(params, bound.to_natural(free), train, valid, key).value
+            return found, jnp.zeros_like(found)
     else:
         batch, valid_batch = train.whole(key), valid.whole(key)
         params = validation.floating(params, "params")
@@ -181,15 +183,20 @@ def check_hypergradient(
         solution = jax.jit(solve)(hparams, batch, params)
         solved = estimate(solution, hparams, train, valid, key)
         residual = jax.jit(lambda p: norm(condition(problem, p, hparams, batch)))
-        facts = {"inner_residual": float(residual(params)), "solver_residual": float(residual(solution))}
+        facts = {"inner_residual": float(residual(params)), "solver_residual": 0.0}
 
         @jax.jit
         def value(free):
             hparams = bound.to_natural(free)
-            return outer_value(problem, solve(hparams, batch, solution), hparams, valid_batch, None)[0]
+            params = solve(hparams, batch, solution)
+            left = norm(condition(problem, params, hparams, batch))
+            return outer_value(problem, params, hparams, valid_batch, None)[0], left
 
     directions = [_direction(bound, free, k, 2 * _STEPS[size][0]) for k in jax.random.split(key, keys)]
-    differences, uncertainties = np.transpose([_derivative(value, free, d, size) for d in directions])
+    derivatives = [_derivative(value, free, d, size) for d in directions]
+    differences, uncertainties, left = np.transpose(derivatives)
+    if solved is not None:
+        facts["solver_residual"] = float(np.max(left))
 
     def along(grad) -> tuple[np.ndarray, np.ndarray]:
         pulled = np.asarray(ravel_pytree(bound.pull_back(free, grad))[0], np.float64)
@@ -265,14 +272,18 @@ def _direction(bound, free, key, reach: float):
     return jax.tree.unflatten(treedef, [m / jnp.asarray(length, m.dtype) for m in moves])
 
 
-def _derivative(value, free, direction, size: int) -> tuple[float, float]:
-    """Eq. (1) at the step size that its neighbour confirms best, and how far the two are apart."""
+def _derivative(value, free, direction, size: int) -> tuple[float, float, float]:
+    """Eq. (1) at the step size that its neighbour confirms best, how far the two are apart, and residuals."""
     eps = float(np.finfo(np.float64 if size == 8 else np.float32).eps)
 
-    def at(t: float) -> float:
-        return float(value(jax.tree.map(lambda x, d: x + jnp.asarray(t, x.dtype) * d, free, direction)))
+    found, rounding, residuals = [], [], []
 
-    found, rounding = [], []
+    def at(t: float) -> float:
+        moved = jax.tree.map(lambda x, d: x + jnp.asarray(t, x.dtype) * d, free, direction)
+        outer, left = value(moved)
+        residuals.append(float(left))
+        return float(outer)
+
     for t in _STEPS[size]:
         near, far = (at(t), at(-t)), (at(2 * t), at(-2 * t))
         found.append((8 * (near[0] - near[1]) - (far[0] - far[1])) / (12 * t))
@@ -280,7 +291,7 @@ def _derivative(value, free, direction, size: int) -> tuple[float, float]:
     apart = np.abs(np.diff(found)) + np.asarray(rounding[1:])
     best = int(np.argmin(np.where(np.isnan(apart), np.inf, apart)))
     uncertainty = apart[best] if np.isfinite(apart[best]) else np.inf
-    return found[best + 1], float(uncertainty)
+    return found[best + 1], float(uncertainty), max(residuals)
 
 
 def _advice(check: HypergradientCheck, estimator, found, certain: bool, scale) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ def _coefficients(basis, left):
     diagonal = jnp.diagonal(basis.triangle)
     # A diagonal of zero, to rounding, comes of a singular matrix: that direction is left out.
     rounding = jnp.finfo(left.dtype).eps * jnp.max(jnp.abs(basis.triangle))
-    out = (jnp.arange(longest) >= basis.steps) | (jnp.abs(diagonal) <= rounding)
+    out = (jnp.arange(longest, dtype=jnp.int32) >= basis.steps) | (jnp.abs(diagonal) <= rounding)
     triangle = basis.triangle + jnp.diag(jnp.where(out, 1 - diagonal, 0))
     right = jnp.where(out, 0, left * basis.rotations[:longest, 0])
     return jnp.append(solve_triangular(triangle, right), 0)

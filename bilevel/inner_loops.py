@@ -91,6 +91,16 @@ def _size(grad: PyTree) -> jax.Array:
     return jnp.where(jnp.isnan(size), jnp.inf, size)
 
 
+def _gradient(loss: Callable) -> Callable:
+    """Gradient of a loss; not a number where the loss is not finite, as outside the domain of a logarithm."""
+
+    def gradient(params):
+        value, grad = jax.value_and_grad(loss)(params)
+        return jax.tree.map(lambda g: jnp.where(jnp.isfinite(value), g, jnp.nan), grad)
+
+    return gradient
+
+
 def _info(loop: _Loop) -> SolveInfo:
     return SolveInfo(loop.size, loop.steps, loop.steps + 1, jnp.bool_(False))
 
@@ -164,7 +174,7 @@ class OptaxLoop:
         optimizer = optax.with_extra_args_support(self.optimizer)
 
         def update(grads, state: _Watch, params=None, **extra):
-            size = _size(grads)
+            size = jnp.where(jnp.isfinite(extra["value"]), _size(grads), jnp.inf)
             done = (size <= atol) | ~jnp.isfinite(size) | (state.steps >= self.max_steps)
             updates, opt_state = optimizer.update(grads, state.opt_state, params, **extra)
             updates = where(done, jax.tree.map(jnp.zeros_like, updates), updates)
@@ -236,7 +246,7 @@ class Accelerated:
         else:
             move, memory = self._move_by_constants(hparams), point.params
         loop = _measured_moves(
-            jax.grad(loss),
+            _gradient(loss),
             move,
             point.params,
             memory,
@@ -352,7 +362,13 @@ class _Quasi(NamedTuple):
     size: jax.Array
     steps: jax.Array
     gradients: jax.Array
+    best: tuple[jax.Array, jax.Array]
+    idle: jax.Array
     stuck: jax.Array
+
+
+# So many steps without a smaller loss or gradient than ever before, and L-BFGS gives up.
+_IDLE = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,15 +406,29 @@ class LBFGS:
             stuck = vdot(updates, updates) == 0
             size = _size(grad)
             # A step to where the loss is not finite is not taken: what was measured before it stands.
-            lost = ~jnp.isfinite(size)
+            lost = ~jnp.isfinite(size) | ~jnp.isfinite(value)
             params, grad, size = where(lost, (at.params, at.grad, at.size), (params, grad, size))
-            gradients = at.gradients + searches.astype(jnp.int32)
-            return _Quasi(params, opt_state, value, grad, size, at.steps + 1, gradients, stuck | lost)
+            idle = jnp.where((value < at.best[0]) | (size < at.best[1]), 0, at.idle + 1)
+            return _Quasi(
+                params=params,
+                opt_state=opt_state,
+                value=value,
+                grad=grad,
+                size=size,
+                steps=at.steps + 1,
+                gradients=at.gradients + searches.astype(jnp.int32),
+                best=(jnp.minimum(value, at.best[0]), jnp.minimum(size, at.best[1])),
+                idle=idle,
+                stuck=stuck | lost | (idle >= _IDLE),
+            )
 
         value, grad = jax.value_and_grad(loss)(point.params)
         opt_state = optimizer.init(point.params)
+        size = jnp.where(jnp.isfinite(value), _size(grad), jnp.inf)
         zero = jnp.int32(0)
-        start = _Quasi(point.params, opt_state, value, grad, _size(grad), zero, zero + 1, jnp.bool_(False))
+        start = _Quasi(
+            point.params, opt_state, value, grad, size, zero, zero + 1, (value, size), zero, jnp.bool_(False)
+        )
         end = jax.lax.while_loop(going, body, start)
         info = SolveInfo(end.size, end.steps, end.gradients, jnp.bool_(False))
         return Point(end.params, point.opt_state, point.model_state), state, info
@@ -409,7 +439,7 @@ def lbfgs(max_steps: int = 200, atol: float | None = None, memory: int = 10) -> 
 
     Needs no constants and no step size, and takes losses that are not convex. One to two gradients per step,
     as the line search has it, and ``2 memory`` vectors. It stops early, with a residual above ``atol``, where
-    no step moves params any more.
+    nothing gets better any more.
 
     Args:
       max_steps: steps at most; each searches along its direction with at most 20 gradients.
@@ -439,7 +469,6 @@ class _Search(NamedTuple):
     size: jax.Array
     direction: jax.Array
     slope: jax.Array
-    convex: jax.Array
     halvings: jax.Array
     steps: jax.Array
     gradients: jax.Array
@@ -489,18 +518,19 @@ class Newton:
             trial = at.params + step_size * at.direction
             value, grad = jax.value_and_grad(loss)(trial)
             size = _size(grad)
-            # Sufficient decrease of the loss or, where that drowns in rounding, of the gradient.
-            decreased = value <= at.value + 1e-4 * step_size * at.slope
-            accept = (decreased | (at.convex & (size <= (1 - 1e-4 * step_size) * at.size))) & jnp.isfinite(
-                size
-            )
+            # Sufficient decrease of the loss or, where that drowns in its rounding, of the gradient.
+            noise = 1e3 * jnp.finfo(value.dtype).eps * jnp.abs(at.value)
+            shorter = (value <= at.value + noise) & (size <= (1 - 1e-4 * step_size) * at.size)
+            lower = (value <= at.value + 1e-4 * step_size * at.slope) & (value < at.value)
+            accept = (lower | shorter) & jnp.isfinite(size) & jnp.isfinite(value)
+            size = jnp.where(jnp.isfinite(value), size, jnp.inf)
             accept = accept | first
             steps = jnp.where(accept & ~first, at.steps + 1, at.steps)
             small = accept & ((size <= atol) | (first & ~jnp.isfinite(size)))
             done = small | (accept & (steps >= self.max_steps)) | (~accept & (at.halvings >= _HALVINGS))
             again = accept & ~done
             new, convex = jax.lax.cond(
-                again, direction, lambda flat, grad: (at.direction, at.convex), trial, grad
+                again, direction, lambda flat, grad: (at.direction, jnp.bool_(True)), trial, grad
             )
             return _Search(
                 params=jnp.where(accept, trial, at.params),
@@ -508,7 +538,6 @@ class Newton:
                 size=jnp.where(accept, size, at.size),
                 direction=new,
                 slope=jnp.where(again, jnp.vdot(new, grad), at.slope),
-                convex=convex,
                 halvings=jnp.where(accept, 0, at.halvings + 1),
                 steps=steps,
                 gradients=at.gradients + 1 + jnp.where(again, flat.size, 0),
@@ -520,7 +549,7 @@ class Newton:
         inf = jnp.asarray(jnp.inf, flat.dtype)
         value = jnp.asarray(jnp.inf, jax.eval_shape(loss, flat).dtype)
         nothing = jnp.zeros_like(flat)
-        start = _Search(flat, value, inf, nothing, jnp.zeros_like(inf), no, zero, zero, zero, no, no)
+        start = _Search(flat, value, inf, nothing, jnp.zeros_like(inf), zero, zero, zero, no, no)
         end = jax.lax.while_loop(lambda at: ~at.done, body, start)
         info = SolveInfo(end.size, end.steps, end.gradients, end.indefinite)
         return Point(unravel(end.params), point.opt_state, point.model_state), state, info
@@ -591,7 +620,7 @@ class EpochSGD:
         atol = _tolerance(self.atol, atol, point.params)
 
         def gradient(params, batch):
-            return jax.grad(_loss_of(problem, point, hparams, batch))(params)
+            return _gradient(_loss_of(problem, point, hparams, batch))(params)
 
         def run_epoch(at):
             halved = jnp.exp2(-at.epoch.astype(at.size.dtype))

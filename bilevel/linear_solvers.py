@@ -178,11 +178,11 @@ class Neumann:
         del key, rtol, atol
 
         def step(j, carry):
-            power, total, _ = carry
+            power, total, negative = carry
             product = matvec(power, j - 1)
             curvature = vdot(power, product)
             power = axpy(-self.step_size, product, power)
-            return power, axpy(1.0, power, total), curvature <= 0
+            return power, axpy(1.0, power, total), negative | (curvature < 0)
 
         carry = (b, b, jnp.bool_(False))
         power, total, negative = jax.lax.fori_loop(1, self.terms, step, carry)
@@ -245,7 +245,7 @@ class Dense:
         return (
             unravel(x),
             state,
-            SolveInfo(residual, jnp.int32(1), products, jnp.vdot(x, flat) <= 0),
+            SolveInfo(residual, jnp.int32(1), products, jnp.vdot(x, flat) < 0),
         )
 
 
@@ -278,7 +278,7 @@ class SGD:
         del key, rtol, atol
         product = matvec(state.v, 0)
         left = axpy(-1.0, b, product)
-        negative = (vdot(state.v, product) <= 0) & (vdot(state.v, state.v) > 0)
+        negative = vdot(state.v, product) < 0
         v = axpy(-self.step_size, left, state.v)
         return v, SGDState(v), SolveInfo(norm(left), jnp.int32(1), jnp.int32(1), negative)
 

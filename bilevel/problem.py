@@ -330,7 +330,7 @@ class SolveInfo(NamedTuple):
     """What a linear or inner solver says of its solve; all scalars, zero where nothing is solved.
 
     ``residual``: norm of what is left, absolute. ``steps``: iterations; ``products``: with the matrix,
-    or gradients. ``negative_curvature``: a direction with non-positive curvature was met, so the
+    or gradients. ``negative_curvature``: a direction with negative curvature was met, so that a symmetric
     matrix is not positive definite.
     """
 
@@ -438,7 +438,10 @@ class LinearSolver(Protocol):
 
 @runtime_checkable
 class Preconditioner(Protocol):
-    """An approximate inverse for `bilevel.cg`, symmetric positive definite."""
+    """An approximate inverse for `bilevel.cg`, symmetric positive definite.
+
+    If its state has a field ``products``, these are counted.
+    """
 
     def init(self, params: Params) -> PyTree:
         """State before the first solve."""

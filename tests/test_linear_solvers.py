@@ -172,7 +172,8 @@ def test_vmapped_systems_are_solved_alone(row):
 @by_label(SOLVERS)
 def test_dtype_follows_the_right_hand_side(row):
     b, solver = {"w": jnp.ones((2, 2), np.float32), "c": jnp.float32(1.0)}, row.make(5)
-    x, state, info = jax.jit(lambda b: solver.solve(lambda v, j=None: v, b, solver.init(b), KEY))(b)
+    with jax.numpy_dtype_promotion("strict"):
+        x, state, info = jax.jit(lambda b: solver.solve(lambda v, j=None: v, b, solver.init(b), KEY))(b)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), x) == jax.tree.map(lambda x: (x.shape, x.dtype), b)
     assert all(leaf.dtype != np.float64 for leaf in jax.tree.leaves((state, info)))
     # What it returns it takes, without another program.
@@ -555,6 +556,16 @@ def test_nystrom_preconditioner_does_not_depend_on_the_unit():
     np.testing.assert_allclose(other, one, atol=1e-10)
 
 
+def test_nystrom_preconditioner_of_an_indefinite_matrix_makes_nothing_large_up():
+    # Small curvatures that are differences of larger ones, divided by, would give values of a hundred.
+    matrix, nystrom = jnp.asarray(symmetric(np.linspace(-1.0, 1.0, 40))), bilevel.nystrom(6, 1e-2)
+    update = jax.jit(lambda key: nystrom.update(matvec_of(matrix), nystrom.init(jnp.zeros(40)), key))
+    for seed in range(10):
+        state = update(jax.random.key(seed))
+        assert bool(state.negative_curvature)
+        assert float(jnp.max(state.values)) < 10
+
+
 # --- GMRES -------------------------------------------------------------------------------------------------
 
 
@@ -584,6 +595,15 @@ def test_gmres_residual_is_the_smallest_of_its_space(steps):
     left = b - space @ np.linalg.lstsq(space, b)[0]
     np.testing.assert_allclose(float(info.residual), np.linalg.norm(left), rtol=1e-9)
     assert (int(info.steps), int(info.products)) == (steps, steps + 2)
+
+
+def test_gmres_basis_stays_orthogonal():
+    # Without the second orthogonalisation 1e-7 is left.
+    scale = np.geomspace(1e-6, 1.0, 40)
+    matrix = np.diag(scale) + 0.3 * np.diag(scale[:-1], 1)
+    b = np.random.default_rng(0).standard_normal(40)
+    _, _, info = run(bilevel.gmres(max_steps=40, tol=1e-12, restart=40), matrix, b)
+    assert float(info.residual) <= 1e-10 * np.linalg.norm(b)
 
 
 def test_gmres_counts_over_cycles():

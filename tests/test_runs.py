@@ -227,3 +227,34 @@ def test_losses_must_be_hashable():
 
     with pytest.raises(TypeError, match="inner must be hashable"):
         bilevel.Problem(Loss(), outer)
+
+
+IDENTITY = bilevel.Problem(
+    lambda w, h, b: 0.5 * jnp.sum((w - b - h["l2"]) ** 2),
+    lambda w, h, b: 0.5 * jnp.sum((w - 1 + b) ** 2) + 0 * h["l2"],
+)
+
+
+@pytest.mark.parametrize(
+    "solver", [bilevel.neumann(5, 1.0), bilevel.dense(), bilevel.cg()], ids=["neumann", "dense", "cg"]
+)
+@pytest.mark.parametrize("w", [1.0, 0.5], ids=["zero right-hand side", "exact powers"])
+def test_solvers_do_not_cry_wolf(solver, w):
+    estimate = bilevel.hypergradient(IDENTITY, bilevel.implicit(solver))(
+        np.full(3, w), {"l2": np.float64(0.1)}, np.zeros(3), np.zeros(3)
+    )
+    assert not estimate.solve.negative_curvature
+    assert float(estimate.error) == 0
+    assert float(estimate.grad["l2"]) == pytest.approx(3 * (w - 1), abs=1e-15)
+
+
+def test_neumann_remembers_a_negative_direction_met_early():
+    problem = bilevel.Problem(
+        lambda w, h, b: 0.5 * jnp.sum(b * w**2) - jnp.sum(h["l2"] * w),
+        lambda w, h, b: jnp.sum(jnp.array([1.0, 0.1]) * w),
+    )
+    for terms in (2, 3, 4, 6):
+        estimate = bilevel.hypergradient(problem, bilevel.implicit(bilevel.neumann(terms, 0.5)))(
+            np.ones(2), {"l2": np.float64(0.1)}, np.array([-0.05, 3.0]), np.zeros(2)
+        )
+        assert estimate.solve.negative_curvature, terms

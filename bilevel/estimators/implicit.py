@@ -76,6 +76,8 @@ class Implicit:
         )
         matvec, both = self._products(problem, point, hparams, draw)
         v, state, solve = self.solver.solve(matvec, b, state, key)
+        if isinstance(problem, FixedPoint):  # its matrix is not symmetric: definiteness says nothing
+            solve = solve._replace(negative_curvature=jnp.bool_(False))
         hv, cross = both(v)
         b_norm = norm(b)
         residual = norm(axpy(-1.0, hv, b))
