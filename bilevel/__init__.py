@@ -1,11 +1,14 @@
 """Tune hyperparameters by gradient: bilevel optimisation for JAX, optax and flax."""
 
+from bilevel.argmin import argmin
+from bilevel.check import HypergradientCheck, check_hypergradient
 from bilevel.constraints import box, fixed, integer, interval, positive, real, simplex
 from bilevel.data import episodes, minibatches, stacked, with_rng
 from bilevel.estimators.forward import forward
 from bilevel.estimators.implicit import implicit
 from bilevel.estimators.unrolled import one_step, unrolled
 from bilevel.hypergradient import hypergradient
+from bilevel.inner_loops import accelerated, epoch_sgd, lbfgs, newton, optax_loop, picard
 from bilevel.inner_solvers import tuned
 from bilevel.lift import lift
 from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd
@@ -34,6 +37,7 @@ __all__ = [
     "Counts",
     "Estimate",
     "FixedPoint",
+    "HypergradientCheck",
     "Info",
     "Point",
     "Problem",
@@ -42,12 +46,16 @@ __all__ = [
     "SolveInfo",
     "Status",
     "Trajectory",
+    "accelerated",
     "alternating",
+    "argmin",
     "box",
     "cg",
+    "check_hypergradient",
     "composite",
     "dense",
     "episodes",
+    "epoch_sgd",
     "fixed",
     "forward",
     "gmres",
@@ -55,13 +63,17 @@ __all__ = [
     "implicit",
     "integer",
     "interval",
+    "lbfgs",
     "lift",
     "load",
     "minibatches",
     "neumann",
+    "newton",
     "nystrom",
     "one_step",
+    "optax_loop",
     "optimize",
+    "picard",
     "positive",
     "real",
     "sgd",

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from bilevel import data, validation
 from bilevel.constraints import bind
 from bilevel.inner_loops import lbfgs, picard
-from bilevel.linear_solvers import CG, axpy, cg, dense
+from bilevel.linear_solvers import CG, cg, gmres
 from bilevel.problem import (
     Batch,
     Draw,
@@ -48,6 +48,7 @@ from bilevel.problem import (
     inner_value,
     updated,
 )
+from bilevel.vectors import axpy
 
 
 class _Arguments(NamedTuple):
@@ -79,7 +80,7 @@ def argmin(
         needs no constants, takes losses that are not convex, and on badly conditioned ones takes several
         times fewer gradients than `bilevel.accelerated` without constants; `bilevel.picard` for a fixed
         point.
-      linear_solver: of Eq. (1); default `bilevel.cg`, and `bilevel.dense` for a fixed point, whose system
+      linear_solver: of Eq. (1); default `bilevel.cg`, and `bilevel.gmres` for a fixed point, whose system
         is not symmetric.
 
     Returns:
@@ -111,12 +112,12 @@ def argmin(
     if not callable(solver):
         validation.kind("solver", solver, "an inner solver")
     if linear_solver is None:
-        linear_solver = dense() if fixed_point else cg()
+        linear_solver = gmres() if fixed_point else cg()
     validation.kind("linear_solver", linear_solver, "a linear solver")
     if fixed_point and isinstance(linear_solver, CG):
         raise ValueError(
             "linear_solver is bilevel.cg(), which is for symmetric systems; that of a FixedPoint is not. "
-            "Take bilevel.dense(), or bilevel.neumann(terms, step_size=1.0) for a contraction."
+            "Take bilevel.gmres(), or bilevel.neumann(terms, step_size=1.0) for a contraction."
         )
     solution = _differentiable(problem, solver, linear_solver)
 

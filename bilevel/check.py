@@ -27,8 +27,8 @@ from bilevel.constraints import Box, Fixed, bind
 from bilevel.estimators.implicit import implicit
 from bilevel.hypergradient import hypergradient
 from bilevel.inner_loops import lbfgs, newton, picard
-from bilevel.linear_solvers import norm
 from bilevel.problem import RESIDUAL, Estimator, FixedPoint, Problem, outer_value
+from bilevel.vectors import norm
 
 _STEPS = {8: (1e-2, 1e-3, 1e-4, 1e-5, 1e-6), 4: (3e-1, 1e-1, 3e-2, 1e-2, 3e-3)}
 _TOLERANCE = {8: 1e-5, 4: 1e-2}

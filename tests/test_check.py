@@ -19,8 +19,18 @@ SOLUTION = jnp.asarray(ridge().solution(np.asarray(LOG_L2)))
 SGD = optax.sgd(0.25)
 
 
+def exact(params, log_l2, batch):
+    """Ridge regression's own solver: nothing to compile."""
+    a, b = batch
+    penalty = jnp.diag(jnp.broadcast_to(jnp.exp(log_l2), params.shape))
+    return jnp.linalg.solve(a.T @ a / b.size + penalty, a.T @ b / b.size)
+
+
 def check(estimator=None, params=SOLUTION, problem=RIDGE, hparams=LOG_L2, **kwargs):
-    kwargs = {"verbose": False} | kwargs
+    kwargs = {
+        "verbose": False,
+        "solver": exact if getattr(problem, "inner", None) is RIDGE.inner else None,
+    } | kwargs
     return check_hypergradient(problem, estimator, params, hparams, ridge().train, ridge().valid, **kwargs)
 
 
@@ -33,7 +43,7 @@ class Broken(Implicit):
 
 
 def test_a_right_implicit_gradient_passes_and_both_derivatives_are_the_closed_form():
-    found = check(keys=3)
+    found = check(keys=3, solver=None)
     assert found.ok
     assert not found.advice
     assert found.error_kind == "residual"
@@ -74,7 +84,7 @@ def test_an_inner_problem_that_is_not_solved_is_flagged():
 def test_a_solver_that_stops_early_is_flagged():
     found = check(solver=lbfgs(3))
     assert not found.ok
-    assert found.solver_residual > 1e-3
+    assert found.solver_residual > 1e-5
     assert "give solver= one with more steps" in found.advice[0]
 
 
@@ -102,9 +112,10 @@ def test_stacked_and_sampled_sources():
         estimator = bilevel.unrolled(SGD, 4)
         assert check_hypergradient(RIDGE, estimator, *args, train, ridge().valid, verbose=False).ok
     source = bilevel.minibatches(ridge().train, 8)
-    assert check_hypergradient(RIDGE, None, SOLUTION, LOG_L2, source, ridge().valid, verbose=False).ok
+    args = (SOLUTION, LOG_L2)
+    assert check_hypergradient(RIDGE, None, *args, source, ridge().valid, exact, verbose=False).ok
     # The last of the stack is what implicit estimators take; its solution is another one.
-    found = check_hypergradient(RIDGE, None, SOLUTION, LOG_L2, stack, ridge().valid, verbose=False)
+    found = check_hypergradient(RIDGE, None, *args, stack, ridge().valid, exact, verbose=False)
     assert "params are not the inner solution" in found.advice[0]
 
 
@@ -127,11 +138,22 @@ def test_constraints_are_respected():
     )
     # A step of 0.02 in natural units would make l2 negative, and shift stands on the end of its box.
     hparams = {"l2": 1e-3, "share": 0.999, "shift": 0.0, "off": 2.0}
-    solution = bilevel.argmin.argmin if hasattr(bilevel.argmin, "argmin") else bilevel.argmin
-    params = solution(problem, lbfgs(500, atol=1e-13))(hparams, ridge().train, jnp.zeros(20))
-    found = check(params=params, problem=problem, hparams=hparams, keys=2)
+
+    def solver(params, h, batch):
+        del params
+        a, b = batch
+        pull = a.T @ b / b.size - 0.5 * h["shift"] * h["share"] * h["off"]
+        return jnp.linalg.solve(a.T @ a / b.size + h["l2"] * jnp.eye(20), pull)
+
+    params = solver(None, hparams, ridge().train)
+    found = check(params=params, problem=problem, hparams=hparams, keys=2, solver=solver)
     assert found.ok
-    edge = {"l2": bilevel.fixed(), "share": bilevel.fixed(), "shift": bilevel.box(0, 1), "off": bilevel.fixed()}
+    edge = {
+        "l2": bilevel.fixed(),
+        "share": bilevel.fixed(),
+        "shift": bilevel.box(0, 1),
+        "off": bilevel.fixed(),
+    }
     with pytest.raises(ValueError, match="no hyperparameter can be moved"):
         check(params=params, problem=dataclasses.replace(problem, constraints=edge), hparams=hparams)
 
@@ -186,13 +208,15 @@ def test_fixed_points():
 
 
 def test_float32_says_what_it_can_tell():
-    f32 = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (SOLUTION, LOG_L2, ridge().train, ridge().valid))
-    found = check_hypergradient(RIDGE, None, *f32, verbose=False)
+    f32 = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32), (SOLUTION, LOG_L2, ridge().train, ridge().valid)
+    )
+    found = check_hypergradient(RIDGE, None, *f32, exact, verbose=False)
     assert found.ok
     assert found.dtype.startswith("float32")
     assert found.tolerance == 1e-2
     # No difference of float32 numbers settles nine digits.
-    strict = check_hypergradient(RIDGE, None, *f32, tolerance=1e-9, verbose=False)
+    strict = check_hypergradient(RIDGE, None, *f32, exact, tolerance=1e-9, verbose=False)
     assert not strict.ok
     assert "they cannot decide" in strict.advice[0]
     assert "Check in float64" in strict.advice[1]

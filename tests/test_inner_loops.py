@@ -35,14 +35,11 @@ def constant(batch):
     return Draw(lambda j: batch, 1, False)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def solve(solver, problem, params, hparams, batch, atol=None):
-    @jax.jit
-    def run(params, hparams, batch, atol):
-        point = Point(params)
-        state = solver.init(problem, point, hparams)
-        return solver.solve(problem, state, point, hparams, constant(batch), KEY, atol=atol)
-
-    point, _, info = run(params, hparams, batch, atol)
+    point = Point(params)
+    state = solver.init(problem, point, hparams)
+    point, _, info = solver.solve(problem, state, point, hparams, constant(batch), KEY, atol=atol)
     return point.params, info
 
 
@@ -51,7 +48,7 @@ def ridge_residual(w, log_l2):
     return np.linalg.norm(r.hessian(log_l2) @ np.asarray(w) - r.a.T @ r.b / r.b.size)
 
 
-# --- Every solver --------------------------------------------------------------------------------------------
+# --- Every solver -------------------------------------------------------------------------------------------
 
 
 @every
@@ -61,7 +58,7 @@ def test_protocol_and_hash(solver):
 
 
 @each
-@pytest.mark.parametrize("log_l2", [0.0, -4.0])
+@pytest.mark.parametrize("log_l2", [-3.0])
 def test_tolerance_is_met_and_the_residual_measured(solver, log_l2):
     w, info = solve(solver, RIDGE, jnp.zeros(20), jnp.float64(log_l2), ridge().train)
     assert 0 < float(info.residual) <= 1e-9
@@ -148,7 +145,7 @@ def test_optimiser_state_and_model_state_are_handed_through(solver):
 
 @each
 def test_members_of_a_vmap_converge_each_in_its_own_time(solver):
-    log_l2 = jnp.asarray([2.0, 0.0, -3.0])
+    log_l2 = jnp.asarray([1.0, 0.0, -3.0])
     draw = constant(ridge().train)
 
     @jax.jit
@@ -211,7 +208,7 @@ def test_settings_are_checked(make, error, match):
         make()
 
 
-# --- One by one ----------------------------------------------------------------------------------------------
+# --- One by one ---------------------------------------------------------------------------------------------
 
 
 def steps_to(solver, condition):
@@ -269,16 +266,17 @@ def test_wrong_constants_show_in_the_residual():
 
 
 def test_newton_converges_quadratically():
+    tilted = bilevel.Problem(inner=lambda w, h, b: bowl(w, h, b) - jnp.sum(w), outer=lambda w, h, b: h)
     sizes = []
-    for steps in range(1, 8):
-        _, info = solve(
-            newton(steps, 0.0), QUARTIC, 2.0 * jnp.ones(6), jnp.float64(0.0), BOWL, atol=1e-300
-        )
+    for steps in range(2, 7):
+        _, info = solve(newton(steps, 0.0), tilted, 3.0 * jnp.ones(6), jnp.float64(0.0), BOWL)
+        assert int(info.products) == 7 * steps + 1
         sizes.append(float(info.residual))
-    # The minimum at zero has no third derivative: here the order is even three.
-    ratios = [np.log(b) / np.log(a) for a, b in zip(sizes, sizes[1:], strict=False) if a < 0.1 and b > 1e-290]
-    assert len(ratios) >= 2
-    assert min(ratios) > 1.9
+    # Twice as many right digits with each step: b = c a^2, until rounding.
+    factors = [b / a**2 for a, b in zip(sizes, sizes[1:], strict=False) if b > 1e-14]
+    assert len(factors) >= 3
+    assert max(factors) < 1
+    assert sizes[-1] < 1e-14
 
 
 def test_newton_backtracks_and_reports_negative_curvature():
@@ -376,10 +374,10 @@ def test_picard():
     assert float(info.residual) > 1e-12
 
 
-# --- Epoch-SGD -----------------------------------------------------------------------------------------------
+# --- Epoch-SGD ----------------------------------------------------------------------------------------------
 
 NOISY = bilevel.Problem(
-    inner=lambda w, h, batch: 0.5 * jnp.mean(jnp.sum((w - batch) ** 2 * jnp.exp(h), axis=-1)),
+    inner=lambda w, h, batch: 0.5 * jnp.mean(jnp.sum((w[None] - batch) ** 2 * jnp.exp(h), axis=-1)),
     outer=lambda w, h, batch: jnp.sum(w),
 )
 
@@ -405,7 +403,7 @@ def test_epoch_sgd_has_the_best_rate_under_noise():
 
 
 def test_epoch_sgd_matches_numpy():
-    batches = np.random.default_rng(0).standard_normal((21, 1, 2)) + 3.0
+    batches = np.random.default_rng(0).standard_normal((21, 1, 2)) + 0.5
     draw = Draw(lambda j: jnp.asarray(batches)[j], 21, False)
     solver, point = epoch_sgd(0.4, 0.7, steps=3, epochs=3), Point(jnp.zeros(2))
     end, _, info = solver.solve(NOISY, (), point, jnp.float64(0.0), draw, KEY)
