@@ -12,7 +12,16 @@ from pathlib import Path
 
 import jax
 
-NAMES = ("exactness", "hparam_count", "unroll", "import_time", "cleaning", "cg_steps")
+NAMES = (
+    "exactness",
+    "hparam_count",
+    "unroll",
+    "import_time",
+    "cleaning",
+    "cg_steps",
+    "tuned_rates",
+    "memory",
+)
 
 
 def commit() -> str:

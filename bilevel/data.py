@@ -295,6 +295,10 @@ def as_source(data, name: str) -> Source:
             f"{name} is a Python iterable ({type(data).__name__}); only bilevel.optimize draws from "
             "one. Here pass a batch, or bilevel.stacked(batches)."
         )
+    if isinstance(data, Episodes):
+        raise TypeError(
+            f"{name} is episodes(...), which goes to bilevel.optimize as train and stands for both."
+        )
     if isinstance(data, Source):
         return data
     return Whole(as_arrays(data, name))

@@ -11,7 +11,8 @@ from bilevel import data, validation
 from bilevel.constraints import bind
 from bilevel.estimators.implicit import implicit
 from bilevel.inner_solvers import start_point
-from bilevel.problem import AnyProblem, Estimate, Estimator
+from bilevel.linear_solvers import gmres
+from bilevel.problem import AnyProblem, Estimate, Estimator, FixedPoint
 
 
 def hypergradient(problem: AnyProblem, estimator: Estimator | None = None) -> Callable[..., Estimate]:
@@ -19,8 +20,8 @@ def hypergradient(problem: AnyProblem, estimator: Estimator | None = None) -> Ca
 
     Args:
       problem: the bilevel problem.
-      estimator: default `bilevel.implicit`. The implicit family takes params as the inner solution, the
-        trajectory family starts from them.
+      estimator: default `bilevel.implicit`, with `bilevel.gmres` for a fixed point. The implicit family takes
+        params as the inner solution, the trajectory family starts from them.
 
     Returns:
       ``fn(params, hparams, train_batch, valid_batch, key=None, model_state=None) -> Estimate``. A plain train
@@ -32,7 +33,8 @@ def hypergradient(problem: AnyProblem, estimator: Estimator | None = None) -> Ca
         that do not fit what they are given and hyperparameters that influence nothing.
     """
     validation.kind("problem", problem, "a problem")
-    chosen: Any = implicit() if estimator is None else estimator
+    default = implicit(gmres()) if isinstance(problem, FixedPoint) else implicit()
+    chosen: Any = default if estimator is None else estimator
     validation.kind("estimator", chosen, "an estimator")
 
     def estimate(params, hparams, train_batch, valid_batch, key=None, model_state=None) -> Estimate:

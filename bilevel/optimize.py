@@ -19,9 +19,9 @@ from bilevel import data, loop, validation
 from bilevel.constraints import bind
 from bilevel.estimators.implicit import implicit
 from bilevel.feed import EpisodeHalf, Feed, halves
-from bilevel.linear_solvers import cg
+from bilevel.linear_solvers import cg, gmres
 from bilevel.methods.alternating import alternating
-from bilevel.problem import Method, Problem
+from bilevel.problem import FixedPoint, Method, Problem
 from bilevel.result import Result
 from bilevel.run import Run
 
@@ -32,6 +32,7 @@ _FED = (Feed, EpisodeHalf)
 DEFAULT_METHOD = alternating(
     implicit(cg(max_steps=20)), inner=optax.adam(1e-2), outer=optax.adam(5e-2), inner_steps=20
 )
+DEFAULT_FIXED_POINT = alternating(implicit(gmres(max_steps=20)), outer=optax.adam(5e-2), inner_steps=20)
 
 
 def optimize(
@@ -66,7 +67,8 @@ def optimize(
       train: training data: a pytree of arrays (used whole), `minibatches`, `stacked`, `with_rng`, any Python
         iterable of batches, or `episodes`.
       valid: validation data, likewise (not `stacked`); None with `episodes`, which hold both.
-      method: default `alternating` with implicit gradients and Adam at both levels.
+      method: default `alternating` with implicit gradients, and Adam at both levels (of a fixed point the map
+        and Adam).
       steps: outer steps.
       key: PRNG key of the run; default ``jax.random.key(0)``.
       mesh: devices to place data on.
@@ -115,12 +117,15 @@ def optimize(
     validation.kind("problem", problem, "a problem")
     if constraints is not None:
         problem = dataclasses.replace(problem, constraints=constraints)
-    method = DEFAULT_METHOD if method is None else validation.kind("method", method, "a method")
+    if method is None:
+        method = DEFAULT_FIXED_POINT if isinstance(problem, FixedPoint) else DEFAULT_METHOD
+    validation.kind("method", method, "a method")
     steps = validation.whole_number("steps", steps, 1)
     judge_every = validation.whole_number("judge_every", judge_every, 1)
     tol = -1.0 if tol is None else validation.number("tol", tol, minimum=0.0)
     key = _default_key() if key is None else validation.random_key("key", key)
     callbacks = _callbacks(callbacks)
+    model_state = validation.strong(model_state)
     hparams = validation.floating(hparams, "hparams")
     validation.finite(hparams, "hparams")
     bind(problem.constraints, hparams).check(hparams)
@@ -150,10 +155,10 @@ def optimize(
             metrics=metrics,
         )
         _check_columns(plan)
-        validation.zero_gradient_trap(
-            problem, method.differentiated, params, seen, lambda: examples[0].batch(key, 0), model_state
-        )
         carry, *start_values = loop.compiled_start(plan)(params, hparams, key, *examples, model_state)
+        validation.zero_gradient_trap(
+            problem, method.differentiated, params, seen, lambda: examples[0].batch(key, 0), key, model_state
+        )
         validation.finite_losses(*(np.asarray(value) for value in start_values))
         return Run(plan, carry, sources, test, steps, tol, callbacks, began).go(progress)
     finally:

@@ -269,6 +269,8 @@ def _finish_problem(problem: Problem | FixedPoint) -> None:
         object.__setattr__(problem, "constraints", spec)
     if problem.smoothness is not None:
         raise NotImplementedError("smoothness= (certificates) comes with a later release.")
+    if not isinstance(problem.has_state, bool):
+        raise TypeError(f"has_state must be True or False, got {problem.has_state!r}.")
     if problem.start is not None:
         _require_callable("start", problem.start, "(hparams, batch, key) -> params")
 
@@ -478,7 +480,8 @@ class Estimator(Protocol):
     ``trajectory`` says whether it moves the point itself (unrolled, forward) or takes it as the inner
     solution (implicit). One that does is a dataclass with the fields ``inner``, an optax optimiser, and
     ``steps``, both None where they are left to the method it is used in, and with the function
-    ``seen(hparams, j)``: what the losses and optimisers see at inner step ``j``.
+    ``seen(hparams, j)``: what the losses and optimisers see at inner step ``j``. One whose state is nothing
+    but a warm start may say so by ``forgets = True``: a rejected step then begins it anew.
     """
 
     @property

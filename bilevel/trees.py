@@ -41,7 +41,7 @@ def _spread(out, spec, tree, default, is_setting, name, of, path) -> None:
         have = ", ".join(children) if children else "no parts: it is one array"
         raise ValueError(
             f"{name}{path} names {', '.join(unknown) or 'only some parts'}, but {of}{path} has {have}. "
-            f"{name[:1].upper() + name[1:]} follow the structure of {of}, or a prefix of it."
+            f"The settings have the structure of {of}, or a prefix of it."
         )
     for child, subtree in children.items():
         _spread(out, specs.get(child), subtree, default, is_setting, name, of, path + child)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -64,6 +65,11 @@ def floating(tree: PyTree, name: str, *, allow_python: bool = True) -> PyTree:
         return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
 
     return jax.tree_util.tree_map_with_path(convert, tree)
+
+
+def strong(tree: PyTree) -> PyTree:
+    """The tree with Python numbers made arrays of the default dtypes."""
+    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(np.asarray(x)), tree)
 
 
 def finite(tree: PyTree, name: str) -> None:
@@ -175,7 +181,7 @@ def _what(value) -> str:
 # --- Derivatives of optimisers ---------------------------------------------------------------------------
 
 
-def zero_gradient_trap(problem, inner, params, hparams, batch: Callable, model_state) -> None:
+def zero_gradient_trap(problem, inner, params, hparams, batch: Callable, key, model_state) -> None:
     """Raise ValueError where an optimiser's derivative is nan at the first gradient.
 
     Adam divides by ``sqrt(v + eps_root)``, whose derivative is infinite at ``v = 0``: with the default
@@ -188,6 +194,7 @@ def zero_gradient_trap(problem, inner, params, hparams, batch: Callable, model_s
       params: where it starts.
       hparams: as the inner loss sees them.
       batch: makes the first training batch.
+      key: for the problem's start.
       model_state: mutable model state, or None.
     """
     if inner is None or isinstance(problem, FixedPoint):
@@ -195,9 +202,14 @@ def zero_gradient_trap(problem, inner, params, hparams, batch: Callable, model_s
     # A tuned optimiser is judged with the values that it starts with.
     if not _nan_at_zero(optimizer_at(inner, hparams)):
         return
-    grad = jax.jit(jax.grad(lambda p, b: inner_value(problem, p, hparams, b, model_state)[0]))(
-        params, batch()
-    )
+    first = batch()
+    if problem.start is not None:
+        params = jax.jit(problem.start)(hparams, first, key)
+
+    def loss(params, batch):
+        return inner_value(problem, params, hparams, batch, model_state)[0]
+
+    grad = jax.jit(jax.grad(loss))(params, first)
     for path, leaf in jax.tree_util.tree_flatten_with_path(grad)[0]:
         zeros = int(np.sum(np.asarray(leaf) == 0))
         if zeros:
@@ -254,8 +266,8 @@ def losses(problem, params, hparams, train_batch, valid_batch, model_state=None)
     return _scalar_loss("outer", problem.outer, (params, hparams, valid_batch, *state), None)
 
 
-def _same_tree(name: str, out, expected: tuple) -> None:
-    """What a map returns has the structure, shapes and dtypes of what it was given."""
+def _same_tree(name: str, out, expected: tuple, of: str = "what it was given") -> None:
+    """What a function returns has the structure, shapes and dtypes expected of it."""
     expected = expected if len(expected) > 1 else expected[0]
     trees: list[Any] = [jax.tree.structure(out), jax.tree.structure(expected)]
     same = trees[0] == trees[1] and all(
@@ -264,8 +276,7 @@ def _same_tree(name: str, out, expected: tuple) -> None:
     )
     if not same:
         raise ValueError(
-            f"{name} must return what it was given, {describe(jax.tree.map(_abstract, expected))}, got "
-            f"{describe(out)}."
+            f"{name} must return {of}, {describe(jax.tree.map(_abstract, expected))}, got {describe(out)}."
         )
 
 
@@ -286,7 +297,7 @@ def first_params(problem, params, hparams, batch: Callable, key):
         return floating(jax.jit(problem.start)(*args), "start(hparams, batch, key)")
     params = floating(params, "params")
     finite(params, "params")
-    _same_tree("start", made, (params,))
+    _same_tree("start", made, (params,), "a tree like the params given")
     return params
 
 
@@ -388,6 +399,8 @@ def problem_on_data(
     """
     args = (params, hparams, train_batch, valid_batch, model_state)
     metrics = metric_names(problem, *args)
+    if isinstance(inner, Tuned):
+        _check_tuned(inner, params, hparams)
     leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, args))
     _influence(problem, inner if isinstance(inner, Tuned) else None, treedef, tuple(leaves))
     return metrics
@@ -411,6 +424,50 @@ def _losses(problem, treedef, leaves) -> tuple[str, ...]:
 
 def _abstract(x):
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Opaque:
+    """Anything, passed through a trace unseen."""
+
+    value: Any
+
+
+def _check_tuned(inner: Tuned, params, hparams) -> None:
+    """A tuned optimiser can be made, and its state does not hold the hyperparameters themselves."""
+
+    def first_state(hparams, params):
+        return inner.make(hparams).init(params)
+
+    try:
+        optimizer = jax.eval_shape(lambda h: _Opaque(inner.make(h)), hparams).value
+    except Exception as error:
+        raise ValueError(
+            f"tuned: its function failed on hparams = {describe(hparams)} "
+            f"({type(error).__name__}: {error}). "
+            "They are traced: they may enter arithmetic, but no Python condition (several optax schedules have "
+            "one: take a schedule of unit height and multiply)."
+        ) from error
+    if not _KINDS["an optax optimiser"][0](optimizer):
+        raise TypeError(
+            f"tuned must make an optax optimiser of hparams, its function returned {_what(optimizer)}."
+        )
+
+    def tangents(hparams, params):
+        ones = jax.tree.map(jnp.ones_like, hparams)
+        out, moved = jax.jvp(lambda h: jax.tree.leaves(first_state(h, params)), (hparams,), (ones,))
+        return [
+            t for x, t in zip(out, moved, strict=True) if jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        ]
+
+    jaxpr = jax.make_jaxpr(tangents)(hparams, params).jaxpr
+    if not all(_is_zero(jaxpr, out) for out in jaxpr.outvars):
+        raise ValueError(
+            "tuned: the first state of this optimiser holds hyperparameters (optax.inject_hyperparams?), so "
+            "that later values would not reach it and their derivative would be lost. Pass them to the "
+            "optimiser directly."
+        )
 
 
 def _effects(problem, inner, params, hparams, train, valid, model_state) -> list:

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import bilevel
-from bilevel import checkpoint, loop
+from bilevel import checkpoint, inner_loops, loop
 
 RNG = np.random.default_rng(0)
 DATA = {"x": RNG.normal(size=(8, 3)), "y": RNG.normal(size=8)}
@@ -326,6 +326,10 @@ STARTS = [
     ("box below", bilevel.box(0.5, 2), 0.25, ["between 0.5 and 2", "got 0.25"]),
     ("box above", bilevel.box(0.5, 2), 2.5, ["between 0.5 and 2", "got 2.5"]),
     ("one of many", bilevel.positive(), np.array([1.0, -2.0, 3.0]), ["from -2 to 3"]),
+    ("simplex of another sum", bilevel.simplex(), np.array([0.5, 0.6]), ["must sum to 1, sums to 1.1"]),
+    ("simplex at a corner", bilevel.simplex(), np.array([0.0, 1.0]), ["entries greater than 0", "0 to 1"]),
+    ("simplex outside", bilevel.simplex(), np.array([2.0, -1.0]), ["entries greater than 0", "from -1"]),
+    ("simplex nan", bilevel.simplex(), np.array([np.nan, 1.0]), ["nan"]),
 ]
 
 
@@ -487,7 +491,164 @@ def outer_with(name):
     return problem(outer=with_metrics(lambda params: {name: params[0]}))
 
 
+def zeros_start(hparams, batch, key):
+    return jnp.zeros(3) * hparams["l2"]
+
+
+FIXED_POINT = bilevel.FixedPoint(lambda params, hparams, batch: 0.5 * params + hparams["l2"], valid_loss)
+TUNED = bilevel.tuned(lambda hparams: optax.sgd(hparams["l2"]))
+
+
+def by_trajectory(make, hparams=HPARAMS, **settings):
+    """A run with the optimiser that a function makes of hparams."""
+    tuned = bilevel.tuned(make)
+    return by_optimize(method=alternating(bilevel.unrolled(), tuned), hparams=hparams, **settings)
+
+
+def by_episodes(pairs, valid=None):
+    return by_optimize(train=bilevel.episodes(pairs), valid=valid)
+
+
+def inner_solver():
+    return inner_loops.lbfgs()
+
+
 CALLS = [
+    # fixed points, starts, model state
+    ("update is no function", lambda: bilevel.FixedPoint(3, valid_loss), TypeError, ["update", "3"]),
+    ("map without outer", lambda: bilevel.FixedPoint(train_loss, None), TypeError, ["outer", "None"]),
+    ("start is no function", lambda: problem(start=PARAMS), TypeError, ["start", "(hparams, batch, key)"]),
+    (
+        "loss as map",
+        lambda: by_optimize(
+            problem=bilevel.FixedPoint(train_loss, valid_loss), method=alternating(inner=None)
+        ),
+        ValueError,
+        ["update must return what it was given", "float64[3]", "float64[]"],
+    ),
+    (
+        "optimiser for a map",
+        lambda: by_optimize(problem=FIXED_POINT),
+        ValueError,
+        ["inner must be None", "FixedPoint"],
+    ),
+    (
+        "optimiser for an unrolled map",
+        lambda: by_unrolled(problem=FIXED_POINT),
+        ValueError,
+        ["inner must be None", "FixedPoint"],
+    ),
+    (
+        "start of another shape",
+        lambda: by_optimize(problem=problem(start=zeros_start), params=np.zeros(4)),
+        ValueError,
+        ["start", "float64[4]", "float64[3]"],
+    ),
+    ("no params", lambda: by_optimize(params=None), ValueError, ["params", "None"]),
+    (
+        "no model_state",
+        lambda: by_optimize(problem=problem(has_state=True)),
+        ValueError,
+        ["model_state", "None"],
+    ),
+    (
+        "model_state for nothing",
+        lambda: by_optimize(model_state={"mean": 0.0}),
+        ValueError,
+        ["model_state", "has_state=True"],
+    ),
+    (
+        "model_state in init for nothing",
+        lambda: METHOD.init(PROBLEM, PARAMS, HPARAMS, DATA, DATA, key=KEY, model_state=1.0),
+        ValueError,
+        ["model_state", "has_state=True"],
+    ),
+    # lift, composite
+    ("loss to lift", lambda: bilevel.lift(train_loss), TypeError, ["problem", "train_loss"]),
+    ("no predict", lambda: bilevel.composite(1, train_loss), TypeError, ["predict", "1"]),
+    ("no loss", lambda: bilevel.composite(train_loss, None), TypeError, ["loss", "None"]),
+    ("number as penalty", lambda: bilevel.composite(abs, abs, 0.1), TypeError, ["penalty", "0.1"]),
+    (
+        "gauss_newton of a plain loss",
+        lambda: by_optimize(method=alternating(bilevel.implicit(curvature="gauss_newton"))),
+        TypeError,
+        ["gauss_newton", "bilevel.composite("],
+    ),
+    (
+        "gauss_newton over batches",
+        lambda: bilevel.implicit(curvature="gauss_newton", batches=2),
+        ValueError,
+        ["batches", "Gauss-Newton"],
+    ),
+    # tuned optimisers, schedules, inner solvers
+    ("optimiser in tuned", lambda: bilevel.tuned(INNER), TypeError, ["tuned", "hparams"]),
+    ("number in tuned", lambda: bilevel.tuned(0.1), TypeError, ["tuned", "hparams", "0.1"]),
+    ("tuned itself", lambda: bilevel.unrolled(bilevel.tuned, 3), TypeError, ["inner", "tuned(...)"]),
+    ("tuned outside", lambda: alternating(outer=TUNED), TypeError, ["outer", "optax"]),
+    (
+        "tuned and implicit",
+        lambda: alternating(inner=TUNED),
+        TypeError,
+        ["tuned", "trajectory", "bilevel.unrolled()", "implicit()"],
+    ),
+    (
+        "tuned to no optimiser",
+        lambda: by_trajectory(lambda hparams: hparams["l2"]),
+        TypeError,
+        ["tuned", "optax"],
+    ),
+    (
+        "tuned by another name",
+        lambda: by_trajectory(lambda hparams: optax.sgd(hparams["rate"])),
+        ValueError,
+        ["tuned", "'rate'"],
+    ),
+    ("number as per_step", lambda: bilevel.unrolled(per_step={"l2": 1}), TypeError, ["per_step", "True"]),
+    ("text as per_step", lambda: bilevel.forward(per_step="l2"), TypeError, ["per_step", "'l2'"]),
+    (
+        "per_step of another length",
+        lambda: by_optimize(
+            method=alternating(bilevel.unrolled(per_step=True), inner_steps=3), hparams={"l2": np.ones(2)}
+        ),
+        ValueError,
+        ["hparams['l2']", "per_step", "3 inner steps", "(2,)"],
+    ),
+    (
+        "linear solver inside",
+        lambda: alternating(inner=bilevel.cg()),
+        TypeError,
+        ["inner", "a linear solver"],
+    ),
+    (
+        "inner solver as linear solver",
+        lambda: bilevel.implicit(inner_solver()),
+        TypeError,
+        ["solver", "bilevel.cg()", "an inner solver"],
+    ),
+    (
+        "inner solver unrolled",
+        lambda: bilevel.unrolled(inner_solver(), 3),
+        TypeError,
+        ["inner", "an inner solver"],
+    ),
+    # strata, episodes
+    ("strata 0", lambda: minibatches(strata=0), ValueError, ["strata", "batch_size = 2", "got 0"]),
+    ("strata 3 of 2", lambda: minibatches(strata=3), ValueError, ["strata", "batch_size = 2", "got 3"]),
+    ("text strata", lambda: minibatches(strata="2"), TypeError, ["strata", "whole", "'2'"]),
+    ("true strata", lambda: minibatches(strata=True), TypeError, ["strata", "whole", "True"]),
+    ("number of episodes", lambda: bilevel.episodes(3), TypeError, ["episodes", "pairs", "3"]),
+    ("dict of episodes", lambda: bilevel.episodes({"a": 1}), TypeError, ["episodes", "pairs", "{'a': 1}"]),
+    ("no episode", lambda: by_episodes([]), ValueError, ["episodes", "without any"]),
+    ("single episodes", lambda: by_episodes(iter([DATA])), ValueError, ["episodes", "pairs (train, valid)"]),
+    ("triples", lambda: by_episodes([(DATA, DATA, DATA)]), ValueError, ["episodes", "pairs (train, valid)"]),
+    ("episodes and valid", lambda: by_episodes([(DATA, DATA)], DATA), ValueError, ["valid must be None"]),
+    (
+        "episodes as valid",
+        lambda: by_optimize(valid=bilevel.episodes([(DATA, DATA)])),
+        TypeError,
+        ["valid", "episodes"],
+    ),
+    ("no valid", lambda: by_optimize(valid=None), ValueError, ["valid", "None"]),
     # values that are not finite at the start
     (
         "nan inner",
@@ -680,7 +841,12 @@ CALLS = [
     ("number as outer", lambda: alternating(outer=0.1), TypeError, ["outer", "optax", "0.1"]),
     ("number in unrolled", lambda: bilevel.unrolled(0.1, 3), TypeError, ["inner", "optax", "0.1"]),
     ("number in one_step", lambda: bilevel.one_step(0.1), TypeError, ["inner", "optax", "0.1"]),
-    ("no inner", lambda: alternating(inner=None), TypeError, ["inner", "optax", "None"]),
+    (
+        "no inner",
+        lambda: by_optimize(method=alternating(inner=None)),
+        TypeError,
+        ["inner", "optax", "None", "FixedPoint"],
+    ),
     ("no outer", lambda: alternating(outer=None), TypeError, ["outer", "optax", "None"]),
     # factories that were not called
     ("implicit", lambda: alternating(bilevel.implicit), TypeError, ["estimator", "implicit(...)"]),
@@ -761,6 +927,12 @@ UNKNOWN = [
     (bilevel.minibatches, "size"),
     (bilevel.positive, "lo"),
     (bilevel.interval, "low"),
+    (bilevel.FixedPoint, "inner"),
+    (bilevel.composite, "model"),
+    (bilevel.tuned, "learning_rate"),
+    (bilevel.lift, "folds"),
+    (bilevel.simplex, "size"),
+    (bilevel.gmres, "maxiter"),
 ]
 
 
@@ -797,28 +969,10 @@ LATER = [
     ("mesh", lambda: by_optimize(mesh=1), "mesh="),
     ("checkpoint", lambda: by_optimize(checkpoint="run.ckpt"), "checkpoint="),
     ("population", lambda: by_optimize(population=4), "population="),
-    ("model_state", lambda: by_optimize(model_state={"mean": 0.0}), "model_state="),
-    (
-        "model_state in init",
-        lambda: METHOD.init(PROBLEM, PARAMS, HPARAMS, DATA, DATA, key=KEY, model_state=1.0),
-        "model_state=",
-    ),
-    ("has_state", lambda: problem(has_state=True), "has_state="),
-    ("start", lambda: problem(start=lambda hparams, batch, key: PARAMS), "start="),
     ("smoothness", lambda: problem(smoothness=1.0), "moothness"),
     ("Smoothness", lambda: bilevel.Smoothness(1.0, 1.0, 1.0), "Smoothness"),
-    ("FixedPoint", lambda: bilevel.FixedPoint(train_loss, valid_loss), "FixedPoint"),
-    ("composite", lambda: bilevel.composite(lambda *a: 0.0, lambda *a: 0.0), "composite"),
-    ("lift", lambda: bilevel.lift(PROBLEM), "lift"),
-    ("simplex", lambda: bilevel.simplex(), "simplex"),
     ("integer", lambda: bilevel.integer(1, 5), "integer"),
-    ("per_step unrolled", lambda: bilevel.unrolled(INNER, 3, per_step={"l2": True}), "per_step="),
-    ("per_step forward", lambda: bilevel.forward(INNER, 3, per_step={"l2": True}), "per_step="),
-    ("strata", lambda: minibatches(strata=2), "strata="),
-    ("fixed", lambda: minibatches(fixed=True), "fixed=True"),
-    ("gauss_newton", lambda: bilevel.implicit(curvature="gauss_newton"), "gauss_newton"),
-    ("episodes", lambda: bilevel.episodes(iter([(DATA, DATA)])), "episodes"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "name"), [row[1:] for row in LATER], ids=[row[0] for row in LATER])

@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGE_NAMES = {"README", "notation", "recipes", "adding_an_estimator", "choosing", "coming_from_jaxopt"}
 END_OF_BLOCK = "-- end of block --"
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
 
@@ -93,7 +94,7 @@ def test_example_runs_and_prints_what_it_says(script, tmp_path):
 
 
 def test_pages_and_examples_are_found():
-    assert {page.stem for page in PAGES} >= {"README", "notation", "recipes", "adding_an_estimator"}
+    assert {page.stem for page in PAGES} >= PAGE_NAMES
     assert len(EXAMPLES) >= 3
 
 

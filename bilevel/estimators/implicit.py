@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from bilevel import validation
 from bilevel.data import rows
-from bilevel.linear_solvers import axpy, cg, norm
+from bilevel.linear_solvers import CG, axpy, cg, norm
 from bilevel.problem import (
     RESIDUAL,
     Composite,
@@ -52,6 +52,7 @@ class Implicit:
     curvature: str
     batches: int
     trajectory = False
+    forgets = True
 
     def init(self, problem, point, hparams):
         """The linear solver's state."""
@@ -60,6 +61,11 @@ class Implicit:
             raise TypeError(
                 'curvature="gauss_newton" needs an inner loss of known structure: '
                 "bilevel.composite(predict, loss, penalty)."
+            )
+        if isinstance(problem, FixedPoint) and isinstance(self.solver, CG):
+            raise TypeError(
+                "solver: the system of a FixedPoint is not symmetric, which bilevel.cg() needs; take "
+                "bilevel.gmres(), bilevel.neumann(...) or bilevel.dense()."
             )
         if self.batches and isinstance(problem, FixedPoint):
             raise ValueError("batches= averages inner losses, and a FixedPoint has none.")

@@ -35,21 +35,26 @@ class TrajectoryEstimator:
 
     def init(self, problem, point, hparams):
         """No state; the start is the point."""
-        del point
-        name = type(self).__name__.lower()
+        del point, hparams
         if self.steps is None or (self.inner is None and not isinstance(problem, FixedPoint)):
-            raise ValueError(
-                f"{name}() has no inner optimiser or number of steps: give inner= "
-                "and steps= here, or use it inside a method that has them."
-            )
+            raise ValueError(self._unsettled)
         if self.inner is not None and isinstance(problem, FixedPoint):
             raise ValueError("inner must be None for a FixedPoint problem: its map is the inner step.")
         return ()
+
+    @property
+    def _unsettled(self) -> str:
+        return (
+            f"{type(self).__name__.lower()}() has no inner optimiser or number of steps: give inner= "
+            "and steps= here, or use it inside a method that has them."
+        )
 
     def seen(self, hparams, j):
         """What the losses and optimisers see at inner step ``j``."""
         if self.per_step is None:
             return hparams
+        if self.steps is None:
+            raise ValueError(self._unsettled)
         stepwise = spread(
             self.per_step.tree(), hparams, False, lambda x: isinstance(x, bool), "per_step", "hparams"
         )

@@ -143,6 +143,7 @@ class Alternating:
         hparams = validation.floating(hparams, "hparams")
         validation.finite(hparams, "hparams")
         key = validation.random_key("key", key)
+        model_state = validation.strong(model_state)
         train = data.as_source(train, "train")
         valid = data.as_source(valid, "valid")
         data.check_sources(train, valid, self._steps)
@@ -159,8 +160,11 @@ class Alternating:
 
     def _check_inner(self, problem) -> None:
         if isinstance(problem, FixedPoint):
-            if self._inner is not None:
-                raise ValueError("inner must be None for a FixedPoint problem: its map is the inner step.")
+            if self._inner is not None and not self._solves:
+                raise ValueError(
+                    "inner must be None for a FixedPoint problem, whose map is the inner step, or an inner "
+                    "solver such as bilevel.picard()."
+                )
         elif self._inner is None:
             raise TypeError(
                 "inner must be an optax optimiser such as optax.adam(1e-3), got None (which stands for the "
@@ -204,7 +208,11 @@ class Alternating:
         )
         nonfinite, finite = _nonfinite(proposed, estimate, grad)
         accepted = nonfinite == 0
-        kept = jax.lax.cond(accepted, lambda: proposed, lambda: state)
+        old = state
+        if getattr(self._estimator, "forgets", False):
+            # A warm start need not outlive the step: one vector less is held through it.
+            old = dataclasses.replace(state, estimator=self._estimator.init(problem, state.point, hparams))
+        kept = jax.lax.cond(accepted, lambda: proposed, lambda: old)
         rejected = jnp.where(accepted, 0, state.rejected + 1)
         # A step that nothing new enters would only repeat itself.
         allowed = _REJECTIONS if train.renewed or valid.renewed else 1
@@ -238,19 +246,20 @@ class Alternating:
         draw = data.draw(train, key_train, state.position, self._steps, state.count, own=moves)
         valid_batch = valid.batch(key_valid, state.count)
         key = jax.random.fold_in(key_step, state.count)
-        start = state.point if state.origin is None else state.origin
 
         def estimate(point):
             return self._estimator.estimate(problem, state.estimator, point, hparams, draw, valid_batch, key)
 
         if self._estimator.trajectory:
-            estimated = estimate(start)
+            estimated = estimate(self._begin(state))
             return estimated, estimated[0].point, state.inner, estimated[0].counts.inner_grad
-        start = started(problem, None if self._solves else self.inner, start, hparams, draw(0), key)
-        end, inner, taken = self._advance(problem, state.inner, start, hparams, draw, moves, key)
-        estimated = estimate(start if self.simultaneous else end)
+        end, inner, taken = self._advance(problem, state, hparams, draw, moves, key)
+        estimated = estimate(state.point if self.simultaneous else end)
         gradients = estimated[0].counts.inner_grad + taken * data.rows(draw.last)
         return estimated, end, inner, gradients
+
+    def _begin(self, state) -> Point:
+        return state.point if state.origin is None else state.origin
 
     def _outer_update(self, state, value, grad):
         """Eq. (3): hyperparameters in free units and the outer optimiser's state."""
@@ -268,19 +277,21 @@ class Alternating:
             return free, outer
         return where(state.count >= self.warmup, (free, outer), (state.free, state.outer))
 
-    def _advance(self, problem, inner_state, point, hparams, draw, moves, key):
+    def _advance(self, problem, state, hparams, draw, moves, key):
         """Eq. (1) where ``period`` does not skip it: point, inner solver's state, gradients taken."""
 
         def solve():
+            optimizer = None if self._solves else self.inner
+            start = started(problem, optimizer, self._begin(state), hparams, draw(0), key)
             if not self._solves:
-                end = descend(problem, self.inner, point, hparams, draw)
-                return end, inner_state, jnp.float32(draw.steps)
-            end, state, info = self.inner.solve(problem, inner_state, point, hparams, draw, key)
-            return end, state, jnp.asarray(info.products, jnp.float32)
+                end = descend(problem, self.inner, start, hparams, draw)
+                return end, state.inner, jnp.float32(draw.steps)
+            end, inner, info = self.inner.solve(problem, state.inner, start, hparams, draw, key)
+            return end, inner, jnp.asarray(info.products, jnp.float32)
 
         if self.period == 1:
             return solve()
-        return jax.lax.cond(moves, solve, lambda: (point, inner_state, jnp.float32(0)))
+        return jax.lax.cond(moves, solve, lambda: (state.point, state.inner, jnp.float32(0)))
 
 
 def _nonfinite(state: AlternatingState, estimate, grad) -> tuple[jax.Array, jax.Array]:
@@ -352,7 +363,8 @@ def alternating(
       inner_steps: inner steps per outer step.
       period: advance params only every so many outer steps.
       warmup: leave hparams where they are for so many first outer steps.
-      restart: begin every outer step at the first params and optimiser state.
+      restart: begin every outer step at the first params, optimiser state and model state. (A problem's
+        ``start`` makes params anew and leaves the model state.)
       simultaneous: estimate at the old params, so that all variables move from the old point.
 
     Raises:
