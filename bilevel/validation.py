@@ -446,8 +446,8 @@ def _check_tuned(inner: Tuned, params, hparams) -> None:
         raise ValueError(
             f"tuned: its function failed on hparams = {describe(hparams)} "
             f"({type(error).__name__}: {error}). "
-            "They are traced: they may enter arithmetic, but no Python condition (several optax schedules have "
-            "one: take a schedule of unit height and multiply)."
+            "They are traced: they may enter arithmetic, but no Python condition (several optax schedules "
+            "have one: take a schedule of unit height and multiply)."
         ) from error
     if not _KINDS["an optax optimiser"][0](optimizer):
         raise TypeError(
