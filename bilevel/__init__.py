@@ -8,7 +8,12 @@ from bilevel.estimators.forward import forward
 from bilevel.estimators.implicit import implicit
 from bilevel.estimators.unrolled import one_step, unrolled
 from bilevel.hypergradient import hypergradient
-from bilevel.inner_loops import accelerated, epoch_sgd, lbfgs, newton, optax_loop, picard
+from bilevel.inner_loops.accelerated import accelerated
+from bilevel.inner_loops.epoch_sgd import epoch_sgd
+from bilevel.inner_loops.lbfgs import lbfgs
+from bilevel.inner_loops.newton import newton
+from bilevel.inner_loops.optax_loop import optax_loop
+from bilevel.inner_loops.picard import picard
 from bilevel.inner_solvers import tuned
 from bilevel.lift import lift
 from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd

@@ -32,7 +32,8 @@ import jax.numpy as jnp
 
 from bilevel import data, validation
 from bilevel.constraints import bind
-from bilevel.inner_loops import lbfgs, picard
+from bilevel.inner_loops.lbfgs import lbfgs
+from bilevel.inner_loops.picard import picard
 from bilevel.linear_solvers import CG, cg, gmres
 from bilevel.problem import (
     Batch,

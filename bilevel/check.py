@@ -26,7 +26,9 @@ from bilevel.argmin import argmin, condition
 from bilevel.constraints import Box, Fixed, bind
 from bilevel.estimators.implicit import implicit
 from bilevel.hypergradient import hypergradient
-from bilevel.inner_loops import lbfgs, newton, picard
+from bilevel.inner_loops.lbfgs import lbfgs
+from bilevel.inner_loops.newton import newton
+from bilevel.inner_loops.picard import picard
 from bilevel.problem import RESIDUAL, Estimator, FixedPoint, Problem, outer_value
 from bilevel.vectors import norm
 
