@@ -383,6 +383,9 @@ class Status(enum.IntEnum):
     DATA_EXHAUSTED = 5
     INTERRUPTED = 6
 
+    def __str__(self) -> str:
+        return self.name
+
 
 class NonFinite(enum.IntFlag):
     """Where an outer step met a number that is not finite; the step is then rejected."""

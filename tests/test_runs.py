@@ -258,3 +258,7 @@ def test_neumann_remembers_a_negative_direction_met_early():
             np.ones(2), {"l2": np.float64(0.1)}, np.array([-0.05, 3.0]), np.zeros(2)
         )
         assert estimate.solve.negative_curvature, terms
+
+
+def test_a_status_prints_its_name():
+    assert (str(Status.BUDGET), f"{Status.DIVERGED}") == ("BUDGET", "DIVERGED")
