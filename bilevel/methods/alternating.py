@@ -28,7 +28,7 @@ from bilevel.problem import (
     FixedPoint,
     HParams,
     Info,
-    LinearSolver,
+    InnerSolver,
     NonFinite,
     Params,
     Point,
@@ -129,7 +129,7 @@ class Alternating:
 
     @property
     def _solves(self) -> bool:
-        return isinstance(self.inner, LinearSolver)  # the same two functions as an inner solver
+        return isinstance(self.inner, InnerSolver)
 
     def seen(self, hparams, j):
         """What the losses see at inner step ``j``."""
