@@ -64,7 +64,9 @@ class Run:
         except Exception as error:
             # From a callback or a data iterable: the user's own, passed on with what was computed.
             self.ended = Status.INTERRUPTED, f"{type(error).__name__} in a callback or an iterable."
-            _attach(error, self.result()[0])
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.carry)):
+                # Otherwise the device failed in the middle of a chunk that it had been given.
+                _attach(error, self.result()[0])
             raise
         result, warned = self.result()
         if warned:

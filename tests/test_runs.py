@@ -262,3 +262,17 @@ def test_neumann_remembers_a_negative_direction_met_early():
 
 def test_a_status_prints_its_name():
     assert (str(Status.BUDGET), f"{Status.DIVERGED}") == ("BUDGET", "DIVERGED")
+
+
+def test_a_failure_of_the_device_is_not_masked(monkeypatch):
+    def fails(self):
+        if self.done == 2:
+            carry, _ = self.pending
+            jax.tree.map(lambda x: x.delete(), carry)
+            raise OSError("the device is gone")
+        collect(self)
+
+    collect = Run._collect
+    monkeypatch.setattr(Run, "_collect", fails)
+    with pytest.raises(OSError, match="the device is gone"):
+        run(steps=50)
