@@ -1,16 +1,12 @@
-"""``python -m benchmarks [name ...]``: run all benchmarks, or those named."""
+"""``python -m benchmarks [name ...]``: run all checks, or those named; or the commands study and report."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import platform
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-import jax
+from benchmarks import machine
 
 NAMES = (
     "exactness",
@@ -24,39 +20,28 @@ NAMES = (
 )
 
 
-def commit() -> str:
-    """The commit of the working tree, or "unknown" where git or the repository is missing."""
+def main(argv: list[str]) -> int:
+    from benchmarks import command
 
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", ":/bilevel")
-        return git("rev-parse", "--short", "HEAD") + (" (library changed since)" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    if argv and (argv[0] in command.COMMANDS or argv[0].startswith("-")):
+        return command.main(argv)
+    return checks(argv)
 
 
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def main(names: list[str]) -> None:
+def checks(names: list[str]) -> int:
     unknown = [name for name in names if name not in NAMES]
     if unknown:
-        sys.exit(f"error: no benchmark {', '.join(unknown)}; choose from: {', '.join(NAMES)}")
-    print(
-        f"python {platform.python_version()}, jax {jax.__version__} on {jax.default_backend()}, "
-        f"{cores()} cores, commit {commit()}"
-    )
+        sys.exit(
+            f"error: no benchmark {', '.join(unknown)}; choose from: {', '.join(NAMES)}; or study, report"
+        )
+    print(machine.summary())
     for name in names or NAMES:
         print(f"\n== {name}", flush=True)
         began = time.perf_counter()
         importlib.import_module(f"benchmarks.{name}").main()
         print(f"  ({time.perf_counter() - began:.0f} s)", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
