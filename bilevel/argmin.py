@@ -34,7 +34,7 @@ from bilevel import data, validation
 from bilevel.constraints import bind
 from bilevel.inner_loops.lbfgs import lbfgs
 from bilevel.inner_loops.picard import picard
-from bilevel.linear_solvers import CG, cg, gmres
+from bilevel.linear_solvers import cg, gmres
 from bilevel.problem import (
     Batch,
     Draw,
@@ -49,7 +49,7 @@ from bilevel.problem import (
     inner_value,
     updated,
 )
-from bilevel.vectors import axpy
+from bilevel.vectors import axpy, size_of
 
 
 class _Arguments(NamedTuple):
@@ -82,11 +82,14 @@ def argmin(
         times fewer gradients than `bilevel.accelerated` without constants; `bilevel.picard` for a fixed
         point.
       linear_solver: of Eq. (1); default `bilevel.cg`, and `bilevel.gmres` for a fixed point, whose system
-        is not symmetric.
+        is not symmetric. These defaults end at their usual tolerance, or after 20 steps for each number in
+        params (at least 100, at most 10,000); gmres keeps at most as many vectors as there are numbers in
+        params and as a million numbers hold, but 20.
 
     Returns:
       ``solve(hparams, batch, init, key=None) -> params``; ``init`` is where the search begins, ``key`` is for
-      solvers that draw.
+      solvers that draw. Params are nan where the inner solver ended at a loss that is not finite, and
+      derivatives are where the linear solver says that its system is not.
 
     Raises:
       TypeError, ValueError: from this call, for a problem with a start or model state or a solver of the
@@ -112,14 +115,9 @@ def argmin(
         solver = picard() if fixed_point else lbfgs()
     if not callable(solver):
         validation.kind("solver", solver, "an inner solver")
-    if linear_solver is None:
-        linear_solver = gmres() if fixed_point else cg()
-    validation.kind("linear_solver", linear_solver, "a linear solver")
-    if fixed_point and isinstance(linear_solver, CG):
-        raise ValueError(
-            "linear_solver is bilevel.cg(), which is for symmetric systems; that of a FixedPoint is not. "
-            "Take bilevel.gmres(), or bilevel.neumann(terms, step_size=1.0) for a contraction."
-        )
+    if linear_solver is not None:
+        validation.kind("linear_solver", linear_solver, "a linear solver")
+        validation.linear_system("linear_solver", linear_solver, problem)
     solution = _differentiable(problem, solver, linear_solver)
 
     def solve(hparams: HParams, batch: Batch, init: Params, key=None) -> Params:
@@ -160,7 +158,8 @@ def _differentiable(problem, solver, linear_solver: Any) -> Callable:
         else:
             point, draw = Point(init), Draw(lambda j: batch, 1, False)
             state = solver.init(problem, point, theta.hparams)
-            params = solver.solve(problem, state, point, theta.hparams, draw, key)[0].params
+            end, _, info = solver.solve(problem, state, point, theta.hparams, draw, key)
+            params = _nan_unless(info, end.params)
         return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), params, init)
 
     @solution.defjvp
@@ -181,7 +180,9 @@ def _differentiable(problem, solver, linear_solver: Any) -> Callable:
                 del j  # there is one batch
                 return matvec(v)
 
-            return linear_solver.solve(product, b, linear_solver.init(b), key)[0]
+            chosen = _default_solver(problem, b) if linear_solver is None else linear_solver
+            x, _, info = chosen.solve(product, b, chosen.init(b), key)
+            return _nan_unless(info, x)
 
         # Eq. (1)
         tangent = jax.lax.custom_linear_solve(
@@ -194,6 +195,20 @@ def _differentiable(problem, solver, linear_solver: Any) -> Callable:
         return params, tangent
 
     return solution
+
+
+def _default_solver(problem, params) -> Any:
+    """Its steps grow with the system: one for each unknown, and more where rounding acts."""
+    size = size_of(params)
+    steps = min(max(100, 20 * size), 10_000)
+    if isinstance(problem, FixedPoint):
+        return gmres(steps, restart=max(20, min(size, 10**6 // size)))
+    return cg(steps)
+
+
+def _nan_unless(info, tree: PyTree) -> PyTree:
+    """The tree, or nan where the solve that ended there measured no finite residual."""
+    return jax.tree.map(lambda x: jnp.where(jnp.isfinite(info.residual), x, jnp.nan), tree)
 
 
 def condition(problem, params, hparams, batch) -> Params:

@@ -13,6 +13,7 @@ small ones by rounding, and a difference that no t settles proves nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -24,8 +25,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import data, validation
 from bilevel.argmin import argmin, condition
 from bilevel.constraints import Box, Fixed, bind
-from bilevel.estimators.implicit import implicit
-from bilevel.hypergradient import hypergradient
+from bilevel.hypergradient import default_estimator, hypergradient
 from bilevel.inner_loops.lbfgs import lbfgs
 from bilevel.inner_loops.newton import newton
 from bilevel.inner_loops.picard import picard
@@ -105,8 +105,8 @@ def check_hypergradient(
 
     Args:
       problem: without model state.
-      estimator: any; None for `bilevel.implicit`. Biased ones (few Neumann terms, truncated trajectories,
-        damping) are told from exact ones by their bias.
+      estimator: any; None for the default of `bilevel.hypergradient`. Biased ones (few Neumann terms,
+        truncated trajectories, damping) are told from exact ones by their bias.
       params: for the implicit family where the estimate is made, (near) the inner solution; for the
         trajectory family where it begins.
       hparams: natural units, inside their constraints.
@@ -140,7 +140,7 @@ def check_hypergradient(
       True
     """
     validation.kind("problem", problem, "a problem")
-    chosen: Any = implicit() if estimator is None else estimator
+    chosen: Any = default_estimator(problem) if estimator is None else estimator
     validation.kind("estimator", chosen, "an estimator")
     if problem.has_state:
         raise ValueError(
@@ -164,8 +164,9 @@ def check_hypergradient(
     estimate = jax.jit(hypergradient(problem, chosen))
     found = estimate(params, hparams, train, valid, key)
     free = bound.to_free(hparams)
-    size = min(x.dtype.itemsize for x in jax.tree.leaves((hparams, found.params, found.value)))
-    size = 8 if size >= 8 else 4
+    dtypes = [x.dtype for x in jax.tree.leaves((hparams, found.params, found.value))]
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    size = 8 if min(dtype.itemsize for dtype in dtypes) >= 8 else 4
     if tolerance is None:
         tolerance = _TOLERANCE[size]
     tolerance = validation.number("tolerance", tolerance, positive=True)
@@ -181,7 +182,7 @@ def check_hypergradient(
     else:
         batch, valid_batch = train.whole(key), valid.whole(key)
         params = validation.floating(params, "params")
-        solve = argmin(problem, _accurate(problem, params, size) if solver is None else solver)
+        solve = argmin(problem, _accurate(problem, params, eps) if solver is None else solver)
         solution = jax.jit(solve)(hparams, batch, params)
         solved = estimate(solution, hparams, train, valid, key)
         residual = jax.jit(lambda p: norm(condition(problem, p, hparams, batch)))
@@ -195,8 +196,8 @@ def check_hypergradient(
             return outer_value(problem, params, hparams, valid_batch, None)[0], left
 
     directions = [_direction(bound, free, k, 2 * _STEPS[size][0]) for k in jax.random.split(key, keys)]
-    derivatives = [_derivative(value, free, d, size) for d in directions]
-    differences, uncertainties, left = np.transpose(derivatives)
+    derivatives = [_derivative(value, free, d, _STEPS[size], eps) for d in directions]
+    differences, uncertainties, left, outside = np.transpose(derivatives)
     if solved is not None:
         facts["solver_residual"] = float(np.max(left))
 
@@ -205,7 +206,6 @@ def check_hypergradient(
         flat = np.array([np.asarray(ravel_pytree(d)[0], np.float64) for d in directions])
         # A direction that happens to be orthogonal to the gradient is no reason to ask for more digits.
         typical = np.linalg.norm(pulled * flat, axis=1)
-        eps = float(jnp.finfo(jnp.float64 if size == 8 else jnp.float32).eps)
         least = np.cbrt(eps) * abs(float(found.value)) + np.finfo(np.float64).tiny
         scale = np.maximum(np.maximum(np.abs(differences), typical), least)
         return flat @ pulled, scale
@@ -213,7 +213,8 @@ def check_hypergradient(
     estimated, scale = along(found.grad)
     relative = _relative(estimated, differences, scale)
     if solved is not None:
-        facts["solved_errors"] = _relative(*_before(along(solved.grad), differences))
+        at_solution, solved_scale = along(solved.grad)
+        facts["solved_errors"] = _relative(at_solution, differences, solved_scale)
     certain = bool(np.all(uncertainties <= tolerance * scale))
     check = HypergradientCheck(
         ok=bool(np.all(relative <= tolerance)) and certain,
@@ -227,15 +228,11 @@ def check_hypergradient(
         error_kind=found.error_kind,
         **facts,
     )
-    check = dataclasses.replace(check, advice=_advice(check, chosen, found, certain, scale))
+    advice = _advice(check, chosen, found, certain, scale, outside=bool(np.any(outside)))
+    check = dataclasses.replace(check, advice=advice)
     if verbose:
         sys.stdout.write(f"{check}\n")
     return check
-
-
-def _before(along, differences):
-    estimated, scale = along
-    return estimated, differences, scale
 
 
 def _relative(estimated, differences, scale) -> np.ndarray:
@@ -243,9 +240,8 @@ def _relative(estimated, differences, scale) -> np.ndarray:
     return np.where(np.isnan(error), np.inf, error)
 
 
-def _accurate(problem, params, size: int):
+def _accurate(problem, params, eps: float):
     """An inner solver that goes as far as rounding allows."""
-    eps = float(np.finfo(np.float64 if size == 8 else np.float32).eps)
     if isinstance(problem, FixedPoint):
         return picard(100_000, atol=eps**0.75)
     if sum(x.size for x in jax.tree.leaves(params)) <= _NEWTON_SIZE:
@@ -274,29 +270,36 @@ def _direction(bound, free, key, reach: float):
     return jax.tree.unflatten(treedef, [m / jnp.asarray(length, m.dtype) for m in moves])
 
 
-def _derivative(value, free, direction, size: int) -> tuple[float, float, float]:
-    """Eq. (1) at the step size that its neighbour confirms best, how far the two are apart, and residuals."""
-    eps = float(np.finfo(np.float64 if size == 8 else np.float32).eps)
+def _derivative(value, free, direction, steps, eps: float) -> tuple[float, float, float, bool]:
+    """Eq. (1) at the step size that its neighbour confirms best, and how far the two are apart.
 
-    found, rounding, residuals = [], [], []
+    Then the largest residual, and whether a step led to where there is no loss.
+    """
+    found, rounding, residuals, outside = [], [], [0.0], False
 
     def at(t: float) -> float:
         moved = jax.tree.map(lambda x, d: x + jnp.asarray(t, x.dtype) * d, free, direction)
-        outer, left = value(moved)
-        residuals.append(float(left))
-        return float(outer)
+        outer, left = map(float, value(moved))
+        nonlocal outside
+        if math.isfinite(outer):
+            residuals.append(left)
+        else:
+            outside = True
+        return outer
 
-    for t in _STEPS[size]:
+    for t in steps:
         near, far = (at(t), at(-t)), (at(2 * t), at(-2 * t))
         found.append((8 * (near[0] - near[1]) - (far[0] - far[1])) / (12 * t))
         rounding.append(eps * max(map(abs, near)) / t)
     apart = np.abs(np.diff(found)) + np.asarray(rounding[1:])
     best = int(np.argmin(np.where(np.isnan(apart), np.inf, apart)))
     uncertainty = apart[best] if np.isfinite(apart[best]) else np.inf
-    return found[best + 1], float(uncertainty), max(residuals)
+    return found[best + 1], float(uncertainty), max(residuals), outside
 
 
-def _advice(check: HypergradientCheck, estimator, found, certain: bool, scale) -> tuple[str, ...]:
+def _advice(
+    check: HypergradientCheck, estimator, found, certain: bool, scale, outside: bool
+) -> tuple[str, ...]:
     """What stands behind a disagreement, likeliest first."""
     if check.ok:
         return ()
@@ -308,8 +311,15 @@ def _advice(check: HypergradientCheck, estimator, found, certain: bool, scale) -
         advice.append(
             f"The finite differences themselves are only good to {accuracy:.1e} here: they cannot decide."
         )
+        if outside:
+            advice[-1] += (
+                " Some of their steps leave the domain of the loss (a log or square root?): name that of "
+                "hparams in the problem, such as constraints=bilevel.positive(), and they stay inside."
+            )
         if check.dtype != "float64":
             advice.append("Check in float64, with params, hparams and data of that dtype.")
+        elif outside:
+            pass
         elif check.solver_residual is not None:
             advice.append(
                 f"The inner solver ended at a residual of {check.solver_residual:.1e}: give solver= one with "
@@ -327,8 +337,7 @@ def _advice(check: HypergradientCheck, estimator, found, certain: bool, scale) -
         )
     if check.error_kind == RESIDUAL and check.error > check.tolerance:
         advice.append(
-            f"The linear solve left a relative residual of {check.error:.1e}: raise max_steps or lower tol "
-            "of the estimator's linear solver (terms, for bilevel.neumann)."
+            f"The linear solve left a relative residual of {check.error:.1e}: {_remedy(estimator)}."
         )
     if check.solved_errors is not None:
         at_solution = float(np.max(check.solved_errors))
@@ -354,3 +363,12 @@ def _advice(check: HypergradientCheck, estimator, found, certain: bool, scale) -
             "linear solver that does not fit the matrix, a bug in an estimator of your own."
         )
     return tuple(advice)
+
+
+def _remedy(estimator) -> str:
+    """What lowers the residual of an estimator's linear solve."""
+    solver = getattr(estimator, "solver", None)
+    if getattr(solver, "damping", 0.0):
+        rank = "raise rank= or " if hasattr(solver, "rank") else ""
+        return f"{rank}lower damping= of bilevel.{validation.called(solver)}, which is a bias"
+    return "raise max_steps or lower tol of the estimator's linear solver (terms, for bilevel.neumann)"

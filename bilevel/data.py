@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import validation
 from bilevel.problem import Batch, Draw, PyTree, register, static
 
 # Up to this many rows an epoch's shuffle is a sorted permutation, above a keyed bijection.
@@ -138,7 +139,9 @@ class Minibatches:
         return self.arrays
 
     def __repr__(self) -> str:
-        return f"minibatches({rows(self.arrays)} rows, batch_size={self.batch_size})"
+        strata = f", strata={self.strata}" if self.strata > 1 else ""
+        fixed = ", fixed=True" if self.fixed else ""
+        return f"minibatches({rows(self.arrays)} rows, batch_size={self.batch_size}{strata}{fixed})"
 
 
 @register
@@ -221,15 +224,13 @@ def minibatches(arrays, batch_size: int, strata: int = 1, fixed: bool = False) -
     """
     arrays = as_arrays(arrays, "minibatches(arrays)")
     n = _leading_axis(arrays, "minibatches(arrays)")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
-        raise TypeError(f"batch_size must be a whole number, got {batch_size!r}.")
-    if not 1 <= batch_size <= n:
-        raise ValueError(f"batch_size must be from 1 to the {n} rows of the data, got {batch_size}.")
-    if isinstance(strata, bool) or not isinstance(strata, (int, np.integer)):
-        raise TypeError(f"strata must be a whole number, got {strata!r}.")
-    if strata < 1 or batch_size % strata or n // strata < batch_size // strata:
+    batch_size = validation.whole_number("batch_size", batch_size, 1)
+    if batch_size > n:
+        raise ValueError(f"batch_size must be at most the {n} rows of the data, got {batch_size}.")
+    strata = validation.whole_number("strata", strata, 1)
+    if batch_size % strata:
         raise ValueError(f"strata must divide batch_size = {batch_size}, got {strata}.")
-    return Minibatches(arrays, int(batch_size), int(strata), bool(fixed))
+    return Minibatches(arrays, batch_size, strata, validation.flag("fixed", fixed))
 
 
 def stacked(batches) -> Stacked:
@@ -366,10 +367,9 @@ def _kind(leaf) -> str:
     return f"text {leaf!r}" if isinstance(leaf, str) else f"{type(leaf).__name__} {leaf!r:.60}"
 
 
-def rows(arrays) -> int:
-    """Examples in a batch: its longest leading axis; 1 where no leaf has one."""
-    sizes = [x.shape[0] for x in jax.tree.leaves(arrays) if getattr(x, "ndim", 0)]
-    return max(sizes, default=1)
+def rows(arrays, axes: int = 1) -> int:
+    """Examples in a batch: its longest leading axis, or product of so many axes; 1 where no leaf has one."""
+    return max((math.prod(jnp.shape(x)[:axes]) for x in jax.tree.leaves(arrays)), default=1)
 
 
 def draw(source: Source, key, position, steps: int, count=0, own: Any = True) -> Draw:

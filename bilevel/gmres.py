@@ -20,7 +20,20 @@ from jax.scipy.linalg import solve_triangular
 
 from bilevel import validation
 from bilevel.problem import PyTree, SolveInfo
-from bilevel.vectors import axpy, combine, norm, products, put, row, threshold, vdot, where, zeros
+from bilevel.vectors import (
+    axpy,
+    combine,
+    norm,
+    products,
+    put,
+    row,
+    scaled,
+    threshold,
+    unit_of,
+    vdot,
+    where,
+    zeros,
+)
 
 
 class _Basis(NamedTuple):
@@ -63,9 +76,12 @@ class GMRES:
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
         """``A x = b`` from the last solution; ``rtol``, ``atol`` replace the settings."""
         del key
+        # In the unit of b: squares of very small or large numbers leave the range of their dtype.
+        unit = unit_of(b)
+        b, warm = scaled(b, 1 / unit), scaled(state.x, 1 / unit)
         bb = vdot(b, b)
         rtol, atol = self.tol if rtol is None else rtol, self.atol if atol is None else atol
-        target = jnp.sqrt(threshold(bb, rtol, atol))
+        target = jnp.sqrt(threshold(bb, rtol, atol / unit))
         longest = min(self.restart, self.max_steps)
 
         def going(loop):
@@ -85,22 +101,24 @@ class GMRES:
             alpha = jnp.where(usable, vdot(ax, b) / jnp.where(usable, square, 1), 0)
             x = where(usable, jax.tree.map(lambda s: (alpha * s).astype(s.dtype), x), cold)
             residual = where(usable, axpy(-alpha, ax, b), b)
-            left = norm(residual)
+            # But of a correction that is not finite the matrix is the cause.
+            left = jnp.where(usable | first | (square == 0), norm(residual), jnp.nan)
             falling = first | (left < loop.left)
             return _Loop(
                 where(falling, x, loop.x),
                 where(falling, residual, loop.residual),
-                jnp.where(falling, left, loop.left),
+                jnp.where(falling | jnp.isnan(left), left, loop.left),
                 loop.steps + basis.steps,
                 loop.passes + 1,
                 falling,
             )
 
         cold = jax.tree.map(jnp.zeros_like, b)
-        start = _Loop(state.x, b, jnp.sqrt(bb), jnp.int32(0), jnp.int32(0), jnp.bool_(True))
+        start = _Loop(warm, b, jnp.sqrt(bb), jnp.int32(0), jnp.int32(0), jnp.bool_(True))
         end = jax.lax.while_loop(going, one_pass, start)
-        info = SolveInfo(end.left, end.steps, end.steps + end.passes, jnp.bool_(False))
-        return end.x, GMRESState(end.x), info
+        info = SolveInfo(end.left * unit, end.steps, end.steps + end.passes, jnp.bool_(False))
+        x = scaled(end.x, unit)
+        return x, GMRESState(x), info
 
 
 def _krylov(matvec, residual, left, longest, limit, target):

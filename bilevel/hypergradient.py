@@ -11,8 +11,14 @@ from bilevel import data, validation
 from bilevel.constraints import bind
 from bilevel.estimators.implicit import implicit
 from bilevel.inner_solvers import start_point
+from bilevel.lift import refuse_sampled
 from bilevel.linear_solvers import gmres
 from bilevel.problem import AnyProblem, Estimate, Estimator, FixedPoint
+
+
+def default_estimator(problem: AnyProblem) -> Estimator:
+    """What is taken where no estimator is given."""
+    return implicit(gmres()) if isinstance(problem, FixedPoint) else implicit()
 
 
 def hypergradient(problem: AnyProblem, estimator: Estimator | None = None) -> Callable[..., Estimate]:
@@ -33,8 +39,7 @@ def hypergradient(problem: AnyProblem, estimator: Estimator | None = None) -> Ca
         that do not fit what they are given and hyperparameters that influence nothing.
     """
     validation.kind("problem", problem, "a problem")
-    default = implicit(gmres()) if isinstance(problem, FixedPoint) else implicit()
-    chosen: Any = default if estimator is None else estimator
+    chosen: Any = default_estimator(problem) if estimator is None else estimator
     validation.kind("estimator", chosen, "an estimator")
 
     def estimate(params, hparams, train_batch, valid_batch, key=None, model_state=None) -> Estimate:
@@ -46,13 +51,14 @@ def hypergradient(problem: AnyProblem, estimator: Estimator | None = None) -> Ca
         key = jax.random.key(0) if key is None else validation.random_key("key", key)
         steps = getattr(chosen, "steps", None) or 1
         data.check_sources(train, valid, steps)
+        refuse_sampled(problem, train_batch=train, valid_batch=valid)
         draw = data.draw(train, jax.random.fold_in(key, 0), 0, steps)
         valid_batch = valid.batch(jax.random.fold_in(key, 1), 0)
         key = jax.random.fold_in(key, 2)
         inner = getattr(chosen, "inner", None)
         seen = chosen.seen(hparams, 0) if chosen.trajectory else hparams
         params = validation.first_params(problem, params, seen, lambda: draw(0), key)
-        validation.problem_on_data(problem, inner, params, seen, draw(0), valid_batch, model_state)
+        validation.problem_on_data(problem, chosen, inner, params, seen, draw(0), valid_batch, model_state)
         point = start_point(inner, params, model_state, seen)
         state = chosen.init(problem, point, hparams)
         result, _ = chosen.estimate(problem, state, point, hparams, draw, valid_batch, key)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from bilevel import validation
+from bilevel import data, validation
 from bilevel.problem import Composite, FixedPoint, Problem
 
 
@@ -19,6 +19,8 @@ class _Each:
     fn: Callable
 
     def __call__(self, params, hparams, *rest):
+        if rest:
+            rest = _own_keys(rest[0], _same_members(params, rest[0])), *rest[1:]
         return jax.vmap(lambda p, *r: self.fn(p, hparams, *r))(params, *rest)
 
 
@@ -42,8 +44,62 @@ class _EachStart:
     start: Callable
 
     def __call__(self, hparams, batch, key):
-        keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
-        return jax.vmap(self.start, in_axes=(None, 0, 0))(hparams, batch, keys)
+        members = _members(batch)
+        keys = jax.random.split(key, members)
+        return jax.vmap(self.start, in_axes=(None, 0, 0))(hparams, _own_keys(batch, members), keys)
+
+
+def _members(tree) -> int:
+    """Length of the leading axis, of the first leaf that has one."""
+    return next(x.shape[0] for x in jax.tree.leaves(tree) if x.ndim)
+
+
+def _same_members(params, batch) -> int:
+    """How many members params have; ValueError where the batch has others."""
+    members = _members(params)
+    others = {x.shape[0] for x in jax.tree.leaves(batch) if x.ndim} - {members}
+    if others:
+        raise ValueError(
+            f"bilevel.lift: params have {members} members along their leading axis, a batch has "
+            f"{', '.join(map(str, sorted(others)))}. Each member has its own entry in every array of train "
+            "and valid; minibatches would draw members instead of examples"
+        )
+    return members
+
+
+def _own_keys(batch, members: int):
+    """The batch with a key for each member where it has one for all."""
+
+    def split(x):
+        single = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.ndim == 0
+        return jax.random.split(x, members) if single else x
+
+    return jax.tree.map(split, batch)
+
+
+def axes(problem) -> int:
+    """How many leading axes `lift` has added to a problem."""
+    loss, count = problem.outer, 0
+    while isinstance(loss, _Reduced):
+        loss, count = loss.fn, count + 1
+    return count
+
+
+def examples(problem, batch) -> int:
+    """Examples in a batch: its rows, over all members of a lifted problem."""
+    return data.rows(batch, 1 + axes(problem))
+
+
+def refuse_sampled(problem, **sources: data.Source) -> None:
+    """Raise ValueError where a sampled source would draw members of a lifted problem instead of examples."""
+    for name, source in sources.items():
+        if axes(problem) and source.sampled:
+            raise ValueError(
+                f"{name} is sampled along its leading axis, which belongs to the members of bilevel.lift: "
+                "whole members would be drawn and shuffled, not their examples. Pass whole arrays, each "
+                "member's examples whole, or batches drawn beforehand, bilevel.stacked(batches) of shape "
+                "(inner_steps, members, ...)."
+            )
 
 
 def lift(problem: Problem | FixedPoint) -> Problem | FixedPoint:
@@ -51,6 +107,8 @@ def lift(problem: Problem | FixedPoint) -> Problem | FixedPoint:
 
     The inner losses are summed, so that each member trains as it would alone; the outer losses (and their
     metrics) are averaged. With one fold per entry this is cross-validation of one set of hyperparameters.
+    Data are whole arrays or `bilevel.stacked`, not `bilevel.minibatches`, which would draw members. A key in
+    the batch (`bilevel.with_rng`) is split, so that each member has its own.
 
     Args:
       problem: what each member solves.

@@ -18,7 +18,7 @@ from bilevel import validation
 from bilevel.gmres import gmres
 from bilevel.nystrom import nystrom
 from bilevel.problem import Preconditioner, PyTree, SolveInfo
-from bilevel.vectors import axpy, norm, size_of, threshold, vdot, where
+from bilevel.vectors import axpy, cast, norm, scaled, size_of, threshold, unit_of, vdot, where, widened
 
 __all__ = ["axpy", "cg", "dense", "gmres", "neumann", "norm", "nystrom", "sgd", "vdot", "where"]
 
@@ -59,6 +59,7 @@ class CG:
     atol: float
     preconditioner: Preconditioner | None
     damping: float
+    symmetric_only = True
 
     def init(self, params):
         """Zeros: the first solve starts cold."""
@@ -67,15 +68,21 @@ class CG:
 
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
         """``(A + damping I) x = b`` from the last solution; ``rtol``, ``atol`` replace the settings."""
+        # In the unit of b: squares of very small or large numbers leave the range of their dtype.
+        unit = unit_of(b)
+        b, warm = scaled(b, 1 / unit), scaled(state.x, 1 / unit)
         bb = vdot(b, b)
         rtol, atol = self.tol if rtol is None else rtol, self.atol if atol is None else atol
-        target = threshold(bb, rtol, atol)
+        target = threshold(bb, rtol, atol / unit)
 
         def product(v):
             return axpy(self.damping, v, matvec(v)) if self.damping else matvec(v)
 
         if self.preconditioner:
-            preconditioner = self.preconditioner.update(product, state.preconditioner, key)
+            # It may work in more digits than b has.
+            preconditioner = self.preconditioner.update(
+                lambda v: product(cast(v, b)), state.preconditioner, key
+            )
         else:
             preconditioner = ()
 
@@ -107,15 +114,16 @@ class CG:
 
         cold = jax.tree.map(jnp.zeros_like, b)
         rr = bb if self.preconditioner else None
-        slope = vdot(b, state.x)
+        slope = vdot(b, warm)
         usable = jnp.isfinite(slope)  # a start that is not finite is dropped
-        direction, rz = where(usable, state.x, cold), jnp.where(usable, slope, 0)
+        direction, rz = where(usable, warm, cold), jnp.where(usable, slope, 0)
         start = _CGLoop(cold, b, direction, rz, rr, jnp.int32(-1), jnp.bool_(False))
         end = jax.lax.while_loop(going, step, start)
-        residual = jnp.sqrt(end.rz if end.rr is None else end.rr)
+        residual = jnp.sqrt(end.rz if end.rr is None else end.rr) * unit
+        x = scaled(end.x, unit)
         spent = preconditioner.products if isinstance(preconditioner, Counted) else 0
         info = SolveInfo(residual, end.steps, end.steps + 1 + spent, end.negative_curvature)
-        return end.x, CGState(end.x, preconditioner), info
+        return x, CGState(x, preconditioner), info
 
 
 def cg(
@@ -239,13 +247,14 @@ class Dense:
         columns = jax.vmap(lambda e: ravel_pytree(matvec(unravel(e)))[0])(
             jnp.eye(flat.size, dtype=flat.dtype)
         )
-        x = jnp.linalg.solve(columns.T, flat)
-        residual = jnp.linalg.norm(columns.T @ x - flat)
+        columns, right = widened((columns, flat))
+        x = jnp.linalg.solve(columns.T, right)
+        residual = jnp.linalg.norm(columns.T @ x - right)
         products = jnp.int32(flat.size)
         return (
-            unravel(x),
+            unravel(x.astype(flat.dtype)),
             state,
-            SolveInfo(residual, jnp.int32(1), products, jnp.vdot(x, flat) < 0),
+            SolveInfo(residual, jnp.int32(1), products, jnp.vdot(x, right) < 0),
         )
 
 

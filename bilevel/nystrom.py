@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from bilevel import validation
 from bilevel.problem import PyTree, SolveInfo
-from bilevel.vectors import axpy, combine, gram, norm, orthonormal, products, size_of, zeros
+from bilevel.vectors import axpy, cast, combine, gram, norm, orthonormal, products, size_of, widened, zeros
 
 
 class NystromState(NamedTuple):
@@ -44,6 +44,7 @@ class Nystrom:
     rank: int
     damping: float
     refresh: int
+    symmetric_only = True
 
     def init(self, params):
         """No approximation yet; refuses a rank above the number of parameters."""
@@ -52,6 +53,7 @@ class Nystrom:
             raise ValueError(
                 f"rank of bilevel.nystrom must be at most the number of parameters, {size}, got {self.rank}."
             )
+        params = widened(params)
         dtype = jnp.result_type(*jax.tree.leaves(params))
         return NystromState(
             zeros(self.rank, params),
@@ -64,7 +66,12 @@ class Nystrom:
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
         """Eq. (2) with columns of the matrix; nothing is iterated, so that tolerances do not apply."""
         del rtol, atol
-        state = self._kept_or(lambda: _columns_of(matvec, b, self.rank, key), state)
+        narrow, b = b, widened(b)
+
+        def product(v):
+            return matvec(cast(v, narrow))
+
+        state = self._kept_or(lambda: _columns_of(product, b, self.rank, key), state)
         inside = products(state.basis, b)
         outside = axpy(-1.0, combine(inside, state.basis), b)
         # Once more: what rounding left of the basis in it would be divided by the damping.
@@ -72,7 +79,8 @@ class Nystrom:
         outside = axpy(-1.0, combine(again, state.basis), outside)
         x = combine((inside + again) / (state.values + self.damping), state.basis)
         x = axpy(1 / self.damping, outside, x)
-        residual = norm(axpy(-1.0, matvec(x), b))
+        residual = norm(axpy(-1.0, product(x), b))
+        x = cast(x, narrow)
         return x, state, SolveInfo(residual, jnp.int32(1), state.products + 1, state.negative_curvature)
 
     def update(self, matvec, state, key):
@@ -126,7 +134,7 @@ def _sketch_of(matvec, like, rank, key):
 
 def _products_with(matvec, tests):
     """C; eigenvalues, which ascend, and eigenvectors of W; and what rounding makes of a zero eigenvalue."""
-    images = jax.vmap(lambda v: matvec(v))(tests)
+    images = widened(jax.vmap(lambda v: matvec(v))(tests))
     small = gram(tests, images)
     squares, vectors = jnp.linalg.eigh((small + small.T) / 2)
     rounding = squares.size * jnp.finfo(squares.dtype).eps * jnp.max(jnp.abs(squares))

@@ -21,7 +21,7 @@ def spread(spec, tree, default, is_setting: Callable[[Any], bool], name: str, of
       of: name of the tree, for messages.
 
     Raises:
-      ValueError: a name or a structure that the tree does not have.
+      ValueError: a name or a structure that the tree does not have; a setting for nothing.
     """
     out: list = []
     _spread(out, spec, tree, default, is_setting, name, of, "")
@@ -29,6 +29,8 @@ def spread(spec, tree, default, is_setting: Callable[[Any], bool], name: str, of
 
 
 def _spread(out, spec, tree, default, is_setting, name, of, path) -> None:
+    if is_setting(spec) and not jax.tree.leaves(tree):
+        raise ValueError(f"{name}{path} is set, but {of}{path} holds no array.")
     if spec is None or is_setting(spec):
         out.extend([default if spec is None else spec] * len(jax.tree.leaves(tree)))
         return

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bilevel.constraints import Fixed, bind
 from bilevel.inner_solvers import Tuned, inner_step, optimizer_at, start_point
@@ -59,7 +61,9 @@ def floating(tree: PyTree, name: str, *, allow_python: bool = True) -> PyTree:
             fix = "; write 1.0 instead of 1, or cast it" if leaf.dtype.kind in "iub" else ""
             raise TypeError(f"{where} must be floating, got dtype {leaf.dtype}{fix}.")
         if leaf.size == 0:
-            raise ValueError(f"{where} is empty: shape {leaf.shape}.")
+            raise ValueError(
+                f"{where} is empty: shape {leaf.shape}; drop the leaf, or put None in its place."
+            )
         if isinstance(leaf, np.ndarray):
             return jnp.asarray(leaf)
         return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
@@ -90,6 +94,13 @@ def whole_number(name: str, value, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
     return int(value)
+
+
+def flag(name: str, value) -> bool:
+    """The value as a bool; TypeError where it is none."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
 
 
 def number(name: str, value, *, positive: bool = False, minimum: float | None = None) -> float:
@@ -161,8 +172,28 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
 def kind(name: str, value, expected: str):
     """The value, if it is of the expected kind; else TypeError that says what it is instead."""
     if inspect.isclass(value) or not _KINDS[expected][0](value):
-        raise TypeError(f"{name} must be {expected} such as {_KINDS[expected][1]}, got {_what(value)}.")
+        fix = ""
+        if isinstance(value, optax.MultiSteps):
+            fix = " Take its .gradient_transformation()."
+        elif expected == "an inner solver" and _KINDS["an optax optimiser"][0](value):
+            fix = " Wrap it: bilevel.optax_loop(optimizer, max_steps)."
+        raise TypeError(f"{name} must be {expected} such as {_KINDS[expected][1]}, got {_what(value)}.{fix}")
     return value
+
+
+def called(value) -> str:
+    """The name of the factory that made one of the library's values, such as ``one_step``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(value).__name__).lower()
+
+
+def linear_system(name: str, solver, problem) -> None:
+    """Raise TypeError where a linear solver is for symmetric systems and that of the problem is not."""
+    if isinstance(problem, FixedPoint) and getattr(solver, "symmetric_only", False):
+        raise TypeError(
+            f"{name}: the system of a FixedPoint is not symmetric, which bilevel.{called(solver)}() needs; "
+            "take bilevel.gmres(), bilevel.neumann(terms, step_size=1.0) for a contraction, or "
+            "bilevel.dense()."
+        )
 
 
 def _what(value) -> str:
@@ -381,15 +412,17 @@ def tuned_leaves(problem: Problem, hparams) -> tuple[bool, ...]:
 
 
 def problem_on_data(
-    problem, inner, params, hparams, train_batch, valid_batch, model_state=None
+    problem, estimator, inner, params, hparams, train_batch, valid_batch, model_state=None
 ) -> tuple[str, ...]:
     """Both levels fit the arguments, and every tuned hyperparameter influences one of them.
 
     Read from shapes and jaxprs, once for the same problem and shapes. Returns the names of the outer loss's
-    metrics. Raises as `losses`, and ValueError that names the leaves of hparams that influence nothing.
+    metrics. Raises as `losses`, and ValueError that names the leaves of hparams that influence nothing, or
+    nothing that the estimator sees.
 
     Args:
       problem: the problem.
+      estimator: settled, as the method or the user has it.
       inner: the inner optimiser, through which `bilevel.tuned` hyperparameters act; or None.
       params: floating arrays; so are hparams.
       hparams: natural units, as the losses see them.
@@ -399,11 +432,19 @@ def problem_on_data(
     """
     args = (params, hparams, train_batch, valid_batch, model_state)
     metrics = metric_names(problem, *args)
+    steps = getattr(estimator, "steps", None) or 1
     if isinstance(inner, Tuned):
         _check_tuned(inner, params, hparams)
+        _check_step(problem, inner, params, hparams, train_batch, model_state, steps)
+    blind = None if _sees_start(estimator, steps) else called(estimator)
     leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, args))
-    _influence(problem, inner if isinstance(inner, Tuned) else None, treedef, tuple(leaves))
+    _influence(problem, inner if isinstance(inner, Tuned) else None, blind, treedef, tuple(leaves))
     return metrics
+
+
+def _sees_start(estimator, steps: int) -> bool:
+    """Whether derivatives may reach the problem's start; through the last step of several they never do."""
+    return estimator.trajectory and (getattr(estimator, "truncate", None) != 1 or steps == 1)
 
 
 def metric_names(problem, params, hparams, train_batch, valid_batch, model_state) -> tuple[str, ...]:
@@ -470,21 +511,58 @@ def _check_tuned(inner: Tuned, params, hparams) -> None:
         )
 
 
-def _effects(problem, inner, params, hparams, train, valid, model_state) -> list:
-    """Everything through which hyperparameters can act."""
+def _check_step(problem, inner: Tuned, params, hparams, batch, model_state, steps: int) -> None:
+    """A step of a tuned optimiser takes the shapes of hparams; an undeclared schedule is recognised."""
+
+    def step(params, hparams, batch, model_state):
+        point = start_point(inner, params, model_state, hparams)
+        return inner_step(problem, inner, point, hparams, batch).params
+
+    try:
+        made = jax.eval_shape(step, *jax.tree.map(_abstract, (params, hparams, batch, model_state)))
+        _same_tree("the step", made, (params,), "params as it was given them")
+    except (TypeError, ValueError) as error:
+        schedules = [
+            "hparams" + name_of(path)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(hparams)[0]
+            if jnp.shape(leaf)[:1] == (steps,)
+        ]
+        hint = ""
+        if schedules and steps > 1:
+            hint = (
+                f" {', '.join(schedules)} has as many entries as there are inner steps, {steps}: if there is "
+                f"one for each step, declare it to the estimator, {_per_step(hparams, steps)}."
+            )
+        raise ValueError(
+            f"inner: a step of the tuned optimiser failed on hparams = {describe(hparams)} and params = "
+            f"{describe(params)} ({type(error).__name__}: {error}).{hint}"
+        ) from error
+
+
+def _per_step(hparams, steps: int) -> str:
+    """The setting that declares leaves with an entry for each step, as a user would write it."""
+    flags = jax.tree.map(lambda x: jnp.shape(x)[:1] == (steps,), hparams)
+    if isinstance(flags, dict):
+        flags = {name: flag for name, flag in flags.items() if any(jax.tree.leaves(flag))}
+    return f"per_step={flags}"
+
+
+def _effects(problem, inner, params, hparams, train, valid, model_state) -> tuple[list, list]:
+    """Everything through which hyperparameters can act: losses and steps, and the start."""
     acts = [outer_value(problem, params, hparams, valid, model_state)[0]]
     if isinstance(problem, FixedPoint) or inner is not None:
         point = start_point(inner, params, model_state, hparams)
         acts += jax.tree.leaves(inner_step(problem, inner, point, hparams, train).params)
     else:
         acts.append(inner_value(problem, params, hparams, train, model_state)[0])
-    if problem.start is not None:
-        acts += jax.tree.leaves(problem.start(hparams, train, jax.random.key(0)))
-    return acts
+    if problem.start is None:
+        return acts, []
+    return acts, jax.tree.leaves(problem.start(hparams, train, jax.random.key(0)))
 
 
 @functools.lru_cache(maxsize=64)
-def _influence(problem, inner, tree, shapes) -> None:
+def _influence(problem, inner, blind: str | None, tree, shapes) -> None:
+    """``blind``: the estimator's name, where it sees nothing of the problem's start."""
     params, hparams, train_batch, valid_batch, model_state = jax.tree.unflatten(tree, shapes)
     leaves, treedef = jax.tree.flatten(hparams)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(hparams)[0]]
@@ -497,16 +575,19 @@ def _influence(problem, inner, tree, shapes) -> None:
 
         return jax.jvp(values, (leaves[i],), (tangent,))[1]
 
-    idle = []
+    idle, starts = [], []
     for i, leaf in enumerate(leaves):
         if tuned[i]:
-            jaxpr = jax.make_jaxpr(functools.partial(tangents, i))(
+            made, (acts, _) = jax.make_jaxpr(functools.partial(tangents, i), return_shape=True)(
                 leaf, leaves, params, train_batch, valid_batch, model_state
-            ).jaxpr
+            )
             # Zero tangents come out as literals: JAX propagates them symbolically, through jit,
             # stop_gradient and control flow.
-            if all(_is_zero(jaxpr, out) for out in jaxpr.outvars):
+            zero = [_is_zero(made.jaxpr, out) for out in made.jaxpr.outvars]
+            if all(zero):
                 idle.append("hparams" + name_of(paths[i]))
+            elif all(zero[: len(acts)]):
+                starts.append("hparams" + name_of(paths[i]))
     if idle:
         verb = "influences" if len(idle) == 1 else "influence"
         raise ValueError(
@@ -515,6 +596,13 @@ def _influence(problem, inner, tree, shapes) -> None:
             "argument hparams; or it passes through stop_gradient, round or an integer; or it is a setting "
             "of the inner optimiser, for bilevel.tuned(...) and a trajectory estimator. Drop it from "
             "hparams, or declare it bilevel.fixed()."
+        )
+    if starts and blind:
+        raise ValueError(
+            f"{', '.join(starts)} {'acts' if len(starts) == 1 else 'act'} through start only, of which "
+            f"{blind}() sees nothing, so that the hypergradient is zero. Take bilevel.unrolled() or "
+            "bilevel.forward() without truncate=, which differentiate every step from the start, or declare "
+            "it bilevel.fixed()."
         )
 
 

@@ -5,6 +5,8 @@ Nothing is flattened; only the small matrices of inner products between stacks a
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +32,39 @@ def axpy(alpha, x: PyTree, y: PyTree) -> PyTree:
 def where(condition, x: PyTree, y: PyTree) -> PyTree:
     """Leaf by leaf ``x`` where a scalar condition holds, else ``y``."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def unit_of(b: PyTree) -> jax.Array:
+    """The power of two at the largest entry of ``b``, 1 for zero.
+
+    Multiples by it are exact, and in this unit squares neither underflow nor overflow.
+    """
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(b)])
+    largest = largest.astype(_wide(largest.dtype))
+    usable = jnp.isfinite(largest) & (largest > 0)
+    info = jnp.finfo(largest.dtype)
+    exponent = jnp.frexp(jnp.where(usable, largest, 1))[1] - 1
+    one = jnp.ones_like(largest)
+    return jnp.ldexp(one, jnp.clip(exponent, info.minexp + 1, info.maxexp - 2))
+
+
+def scaled(v: PyTree, alpha) -> PyTree:
+    """``alpha v``, in the dtypes of ``v``."""
+    return jax.tree.map(lambda x: (alpha * x).astype(x.dtype), v)
+
+
+def widened(tree: PyTree) -> PyTree:
+    """The tree with its floats of less than 32 bits in float32, which dense linear algebra needs."""
+    return jax.tree.map(lambda x: x.astype(_wide(x.dtype)), tree)
+
+
+def cast(tree: PyTree, like: PyTree) -> PyTree:
+    """The tree in the dtypes of another of the same structure."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def _wide(dtype):
+    return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
 
 
 def threshold(bb: jax.Array, rtol, atol) -> jax.Array:

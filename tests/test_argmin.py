@@ -326,8 +326,10 @@ def test_wrong_problems_and_solvers():
         argmin(RIDGE, bilevel.cg())
     with pytest.raises(TypeError, match="linear_solver must be a linear solver"):
         argmin(RIDGE, None, newton())
-    with pytest.raises(ValueError, match=r"symmetric.*bilevel\.gmres\(\)"):
+    with pytest.raises(TypeError, match=r"symmetric.*bilevel\.gmres\(\)"):
         argmin(RELAX, picard(), bilevel.cg())
+    with pytest.raises(TypeError, match=r"solver must be an inner solver.*bilevel\.optax_loop\("):
+        argmin(RIDGE, optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"take bilevel\.picard\(\)"):
         argmin(RELAX, lbfgs())(jnp.zeros(4), MIX, jnp.zeros(4))
 
@@ -357,3 +359,70 @@ def test_float32_stays_float32():
     solve = argmin(RIDGE, optax_loop(optax.sgd(0.2), 300))
     value, grad = jax.jit(jax.value_and_grad(lambda h: jnp.sum(solve(h, *f32[1:]) ** 2)))(f32[0])
     assert value.dtype == grad.dtype == jnp.float32
+
+
+# --- What is not finite, and what is far -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "solver", [None, newton(), optax_loop(optax.sgd(0.1), 5)], ids=["default", "newton", "optax"]
+)
+def test_a_loss_that_is_not_finite_gives_no_params(solver):
+    a, b = ridge().train
+    train = a.at[0, 0].set(jnp.nan), b
+    solve = argmin(RIDGE, solver)
+    assert np.all(np.isnan(solve(jnp.float64(0.0), train, START)))
+    grad = jax.grad(lambda h: ridge_valid(solve(h, train, START), h, ridge().valid))(jnp.float64(0.0))
+    assert np.isnan(grad)
+    assert np.all(np.isfinite(solve(jnp.float64(0.0), ridge().train, START)))
+
+
+@pytest.mark.parametrize("linear_solver", [None, bilevel.gmres(), bilevel.dense()], ids=str)
+def test_a_hessian_that_is_not_finite_gives_no_derivative(linear_solver):
+    # At w = 0 the gradient is zero and the second derivative infinite.
+    def cusp(w, h, batch):
+        return jnp.sum(jnp.abs(w - h * batch) ** 1.5)
+
+    solve = argmin(bilevel.Problem(cusp, RIDGE.outer), None, linear_solver)
+    grad = jax.grad(lambda h: jnp.sum(solve(h, jnp.ones(3), jnp.zeros(3))))(jnp.float64(0.0))
+    assert np.isnan(grad)
+
+
+def test_fixed_points_without_a_derivative_have_none():
+    problem = bilevel.FixedPoint(lambda z, h, batch: jnp.sqrt(z) * h, RIDGE.outer)
+    solve = argmin(problem, lambda z, h, batch: z)
+    assert np.isnan(jax.grad(lambda h: jnp.sum(solve(h, None, jnp.zeros(3))))(jnp.float64(1.0)))
+
+
+@pytest.mark.parametrize("log_l2", [-11.5, -16.0])
+def test_the_default_linear_solver_takes_as_many_steps_as_the_size_asks_for(log_l2):
+    n, rng = 300, np.random.default_rng(0)
+    a = rng.standard_normal((600, n)) * np.geomspace(1, 1e-3, n)
+    b = a @ np.ones(n)
+    hessian = a.T @ a / 600 + np.exp(log_l2) * np.eye(n)
+    w = np.linalg.solve(hessian, a.T @ b / 600)
+    expected = -np.exp(log_l2) * np.sum(np.linalg.solve(hessian, w))
+    solve = argmin(RIDGE, lambda params, h, batch: jnp.asarray(w))
+    found = jax.jit(jax.grad(lambda h: jnp.sum(solve(h, (a, b), np.zeros(n)))))(jnp.float64(log_l2))
+    np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+
+def test_the_default_linear_solver_of_fixed_points_grows_with_them():
+    # A slow rotation in many planes: Krylov spaces shorter than the space do little.
+    n = 120
+    shift = np.roll(np.eye(n), 1, axis=1)
+    problem = bilevel.FixedPoint(lambda z, h, batch: 0.99 * (shift @ z) + h * batch, RIDGE.outer)
+    batch = np.random.default_rng(0).standard_normal(n)
+    exact = np.linalg.solve(np.eye(n) - 0.99 * shift, batch)
+    solve = argmin(problem, lambda z, h, b: jnp.asarray(exact))
+    found = jax.jit(jax.jacfwd(lambda h: solve(h, batch, np.zeros(n))))(jnp.float64(1.0))
+    np.testing.assert_allclose(found, exact, atol=1e-6 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_params_of_lower_precision_than_the_data(dtype):
+    eps = float(jnp.finfo(dtype).eps)
+    solve = argmin(RIDGE)
+    w = solve(jnp.float64(0.0), ridge().train, START.astype(dtype))
+    assert w.dtype == dtype
+    np.testing.assert_allclose(w.astype(np.float64), ridge().solution(0.0), atol=4 * eps**0.5)

@@ -247,3 +247,61 @@ def test_wrong_arguments():
         check(keys=0)
     with pytest.raises(ValueError, match="hparams must be finite"):
         check(hparams=jnp.float64(np.inf))
+
+
+def quadratic(w, h, batch):
+    return 0.5 * jnp.sum((w - batch) ** 2 * jnp.arange(1.0, 4.0)) + 0.5 * h * jnp.sum(w**2)
+
+
+def to_twice(w, h, batch):
+    return 0.5 * jnp.sum((w - 2 * batch) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("solver", "words"),
+    [
+        (bilevel.cg(damping=0.5), ": lower damping= of bilevel.cg"),
+        (bilevel.nystrom(3, 0.5), "lower damping= of bilevel.nystrom"),
+        (bilevel.nystrom(1, 1e-3), "raise rank= or lower damping= of bilevel.nystrom"),
+    ],
+)
+def test_damping_and_rank_are_named(solver, words):
+    problem, batch = bilevel.Problem(quadratic, to_twice), jnp.arange(1.0, 4.0)
+    w = jnp.arange(1.0, 4.0) * batch / (jnp.arange(1.0, 4.0) + 1.0)
+    found = check_hypergradient(
+        problem, bilevel.implicit(solver), w, jnp.float64(1.0), batch, batch, verbose=False
+    )
+    assert not found.ok
+    advice = "\n".join(found.advice)
+    assert words in advice
+    assert "max_steps" not in advice
+    assert "which is a bias" in advice
+
+
+def test_differences_that_leave_the_domain_are_named():
+    problem = bilevel.Problem(lambda w, h, b: quadratic(w, jnp.sqrt(h), b), to_twice)
+    batch, h = jnp.arange(1.0, 4.0), jnp.float64(1e-4)
+    w = jnp.arange(1.0, 4.0) * batch / (jnp.arange(1.0, 4.0) + jnp.sqrt(h))
+    found = check_hypergradient(problem, None, w, h, batch, batch, verbose=False)
+    assert not found.ok
+    assert "leave the domain" in found.advice[0]
+    assert "constraints=" in found.advice[0]
+    positive = dataclasses.replace(problem, constraints=bilevel.positive())
+    assert check_hypergradient(positive, None, w, h, batch, batch, verbose=False).ok
+
+
+def test_the_default_estimator_of_a_fixed_point():
+    problem = bilevel.FixedPoint(lambda w, h, batch: 0.5 * w * h + batch, lambda w, h, b: jnp.sum(w**2))
+    batch = jnp.arange(1.0, 4.0)
+    assert check_hypergradient(problem, None, 2 * batch, jnp.float64(1.0), batch, batch, verbose=False).ok
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_cannot_decide(dtype):
+    problem = bilevel.Problem(
+        lambda w, h, b: jnp.sum(w**2 * h - w * b), lambda w, h, b: jnp.sum((w - b) ** 2)
+    )
+    batch = jnp.ones(3, dtype)
+    found = check_hypergradient(problem, None, batch / 2, dtype(1.0), batch, batch, verbose=False)
+    assert np.isfinite(found.estimated).all()
+    assert found.ok or "they cannot decide" in found.advice[0]

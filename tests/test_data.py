@@ -440,3 +440,11 @@ def test_pytrees_are_no_iterables(data):
 def test_rows_are_the_longest_leading_axis():
     assert rows({"x": jnp.zeros((4, 2)), "w": jnp.zeros(3), "s": jnp.zeros(())}) == 4
     assert rows({"s": jnp.zeros(())}) == 1
+
+
+def test_minibatches_print_their_settings():
+    plain = bilevel.minibatches(np.arange(60.0), 6)
+    assert repr(plain) == "minibatches(60 rows, batch_size=6)"
+    assert repr(bilevel.minibatches(np.arange(60.0), 6, strata=2, fixed=np.bool_(True))) == (
+        "minibatches(60 rows, batch_size=6, strata=2, fixed=True)"
+    )

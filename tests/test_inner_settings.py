@@ -313,6 +313,16 @@ def test_a_fixed_point_takes_an_inner_solver():
     result = run(problem, np.zeros(3), np.float64(0.5), np.arange(3.0), np.ones(3), method, 3)
     w = np.asarray(result.best.params)
     np.testing.assert_allclose(w, 0.5 * np.cos(w) + float(result.best.hparams) * np.arange(3.0), atol=1e-7)
+    # hparams moved against (d w / d h)^T (w - 1), with (1 + sin(w) / 2) d w / d h = batch.
+    h, slopes = 0.5, []
+    for _ in range(3):
+        w = np.zeros(3)
+        for _ in range(200):
+            w = 0.5 * np.cos(w) + h * np.arange(3.0)
+        slopes.append(np.sum((w - 1) * np.arange(3.0) / (1 + 0.5 * np.sin(w))))
+        h -= 0.1 * slopes[-1]
+    np.testing.assert_allclose(result.history["grad_norm"], np.abs(slopes), rtol=1e-6)
+    np.testing.assert_allclose(float(result.hparams), h, rtol=1e-6)
 
 
 @pytest.mark.parametrize("restart", [True, False], ids=["restart", "start"])
@@ -339,3 +349,114 @@ def test_skipped_steps_leave_params_where_they_are(restart):
 def test_inner_solvers_in_the_wrong_place(estimator, inner, words):
     with pytest.raises(TypeError, match=words):
         bilevel.alternating(estimator, inner, OUTER)
+
+
+# --- Where an inner solver begins --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("period", [1, 2])
+@pytest.mark.parametrize("restart", [True, False], ids=["restart", "start"])
+def test_a_restart_renews_the_state_of_an_inner_solver(restart, period):
+    problem = RIDGE if restart else dataclasses.replace(RIDGE, start=lambda h, batch, key: jnp.zeros(20))
+
+    def values(inner, steps):
+        method = bilevel.alternating(
+            bilevel.implicit(), inner, optax.sgd(0.1), inner_steps=steps, restart=restart, period=period
+        )
+        args = problem, np.zeros(20), np.float64(-1.0), ridge().train, ridge().valid, method, 4
+        return run(*args).history["value"]
+
+    adam = optax.adam(0.05)
+    solver = bilevel.optax_loop(adam, 5)
+    np.testing.assert_array_equal(values(solver, 1), values(adam, 5))
+
+
+# --- Fixed points ------------------------------------------------------------------------------------------
+
+
+def relax(z, h, batch):
+    return 0.5 * z + h * batch
+
+
+RELAX = bilevel.FixedPoint(relax, lambda z, h, batch: jnp.sum((z - batch) ** 2))
+
+
+def test_one_step_alone_is_one_step_of_a_fixed_point():
+    # Through the last application of the map: d outer / d z = 2 (z - batch), d z / d h = train.
+    z, train, valid = np.array([0.4, 1.0]), np.array([0.2, 0.5]), np.ones(2)
+    estimate = at(RELAX, bilevel.one_step(), z, np.float64(1.0), train, valid)
+    end = 0.5 * z + train
+    np.testing.assert_allclose(estimate.params, end, rtol=1e-14)
+    np.testing.assert_allclose(estimate.grad, 2 * (end - valid) @ train, rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["one_step", "unrolled", "forward"])
+def test_estimators_are_called_by_their_factory(name):
+    with pytest.raises(ValueError, match=rf"^{name}\(\) has no inner optimiser"):
+        bilevel.hypergradient(RIDGE, getattr(bilevel, name)())(
+            np.zeros(20), np.float64(0.0), ridge().train, ridge().valid
+        )
+    if name == "one_step":
+        with pytest.raises(ValueError, match=r"\(one_step\)"):
+            bilevel.alternating(bilevel.one_step(optax.sgd(0.1)), optax.sgd(0.1), OUTER)
+
+
+# --- Schedules that are not declared -----------------------------------------------------------------------
+
+
+def test_a_schedule_that_is_not_declared_is_explained():
+    words = r"hparams\['lr'\] has as many entries.*inner steps, 4.*per_step={'lr': True}"
+    inner, args = bilevel.tuned(scheduled), (np.zeros(20), SCHEDULED, ridge().train, ridge().valid)
+    with pytest.raises(ValueError, match=words):
+        at(BY_NAME, bilevel.unrolled(inner, 4), *args)
+    method = bilevel.alternating(bilevel.forward(), inner, OUTER, inner_steps=4)
+    with pytest.raises(ValueError, match=words):
+        run(BY_NAME, *args, method, 2)
+
+
+def test_a_setting_of_the_wrong_shape_is_explained():
+    inner, hparams = bilevel.tuned(scheduled), SCHEDULED | {"lr": jnp.ones(3)}
+    words = r"inner: a step of the tuned optimiser failed.*float64\[3\]"
+    with pytest.raises(ValueError, match=words) as info:
+        at(BY_NAME, bilevel.unrolled(inner, 4), np.zeros(20), hparams, ridge().train, ridge().valid)
+    assert "per_step" not in str(info.value)
+
+
+# --- Hyperparameters that act through the start only -------------------------------------------------------
+
+STARTED = dataclasses.replace(BY_NAME, start=lambda h, batch, key: h["init"])
+WITH_INIT = {"init": np.ones(20), "log_l2": np.float64(-1.0)}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "inner_steps"),
+    [(bilevel.implicit(), 1), (bilevel.one_step(), 3), (bilevel.unrolled(truncate=1), 3)],
+    ids=["implicit", "one_step", "truncated"],
+)
+def test_a_start_that_the_estimator_does_not_see_is_refused(estimator, inner_steps):
+    method = bilevel.alternating(estimator, optax.sgd(0.1), OUTER, inner_steps=inner_steps)
+    words = r"hparams\['init'\] acts? through start only.*bilevel.unrolled\(\) or bilevel.forward\(\)"
+    args = None, WITH_INIT, ridge().train, ridge().valid
+    with pytest.raises(ValueError, match=words):
+        method.init(STARTED, *args, key=KEY)
+    with pytest.raises(ValueError, match=words):
+        run(STARTED, *args, method, 2)
+    # It may act elsewhere, too; and what is not tuned needs no derivative.
+    also = dataclasses.replace(
+        STARTED, inner=lambda w, h, batch: BY_NAME.inner(w, h, batch) + 1e-3 * jnp.sum(w * h["init"])
+    )
+    method.init(also, *args, key=KEY)
+    fixed = dataclasses.replace(STARTED, constraints={"init": bilevel.fixed()})
+    method.init(fixed, *args, key=KEY)
+
+
+@pytest.mark.parametrize("estimator", [bilevel.unrolled(), bilevel.forward(), bilevel.one_step()])
+def test_a_start_that_the_estimator_sees_is_taken(estimator):
+    steps = 1 if estimator == bilevel.one_step() else 3
+    method = bilevel.alternating(estimator, optax.sgd(0.1), OUTER, inner_steps=steps)
+    method.init(STARTED, None, WITH_INIT, ridge().train, ridge().valid, key=KEY)
+
+
+def test_a_start_is_refused_by_an_estimate_alone():
+    with pytest.raises(ValueError, match="start only"):
+        bilevel.hypergradient(STARTED, bilevel.implicit())(None, WITH_INIT, ridge().train, ridge().valid)

@@ -187,6 +187,90 @@ SPREAD = symmetric(np.geomspace(1e-3, 1.0, 30))
 RHS = np.random.default_rng(1).standard_normal(30)
 
 
+@by_label(SOLVERS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_matrix_that_is_not_finite_shows_in_the_residual(row, bad):
+    matrix = np.eye(4)
+    matrix[2, 2] = bad
+    _, _, info = run_row(row, matrix, np.ones(4))
+    assert not np.isfinite(info.residual)
+    problem = bilevel.Problem(
+        lambda w, h, batch: 0.5 * w @ batch @ w + h * jnp.sum(w), lambda w, h, batch: jnp.sum(w)
+    )
+    estimate = bilevel.hypergradient(problem, bilevel.implicit(row.make(4)))(
+        jnp.zeros(4), jnp.float64(1.0), jnp.asarray(matrix), jnp.ones(4)
+    )
+    assert not np.isfinite(estimate.error)
+
+
+@pytest.mark.parametrize("make", [bilevel.cg, bilevel.gmres])
+def test_a_product_that_is_not_finite_met_late_is_nan(make):
+    # Products with the first direction are finite; those with the next are not.
+    def matvec(v, j=None):
+        product = jnp.array([1.0, 2.0, 3.0]) * v
+        return jnp.where(jnp.abs(v[0] - v[1]) > 1e-3, jnp.inf, product)
+
+    solver, b = make(), jnp.ones(3)
+    x, _, info = jax.jit(lambda b: solver.solve(matvec, b, solver.init(b), KEY))(b)
+    assert np.isnan(info.residual)
+    assert np.all(np.isfinite(x))
+
+
+@pytest.mark.parametrize("solver", [bilevel.cg(), bilevel.gmres()], ids=["cg", "gmres"])
+@pytest.mark.parametrize(
+    ("dtype", "unit"), [(np.float32, 1e-23), (np.float32, 1e25), (np.float64, 1e-200), (np.float64, 1e200)]
+)
+def test_squares_of_right_hand_sides_may_leave_the_range(solver, dtype, unit):
+    matrix, b = symmetric(np.linspace(0.5, 2.0, 6)).astype(dtype), np.linspace(1.0, 2.0, 6).astype(dtype)
+    plain, _, about_one = run(solver, matrix, b)
+    for start in (None, unit):
+        state = solver.init(jnp.asarray(b))
+        if start is not None:
+            state = state._replace(x=jnp.asarray(unit * b))
+        x, _, info = run(solver, matrix, (unit * b).astype(dtype), state)
+        np.testing.assert_allclose(x / dtype(unit), plain, rtol=1e-3 if dtype is np.float32 else 1e-7)
+        assert 0 <= float(info.residual) <= 4e-4 * unit * np.linalg.norm(b)
+        if start is None:
+            assert int(info.steps) == int(about_one.steps)
+
+
+@pytest.mark.parametrize("unit", [1e-23, 1e25])
+def test_errors_of_tiny_and_huge_outer_gradients_are_measured(unit):
+    problem = bilevel.Problem(
+        RIDGE.inner, lambda w, h, batch: jnp.sum(jnp.arange(1, 21, dtype=w.dtype) * w) * np.float32(unit)
+    )
+    w = jnp.asarray(ridge().solution(0.0), jnp.float32)
+    train = jax.tree.map(lambda x: x.astype(jnp.float32), ridge().train)
+
+    def found(solver):
+        return bilevel.hypergradient(problem, bilevel.implicit(solver))(w, jnp.float32(0.0), train, train)
+
+    exact, one_step = found(bilevel.dense()), found(bilevel.cg(max_steps=1))
+    np.testing.assert_allclose(found(bilevel.cg(tol=1e-6)).grad, exact.grad, rtol=1e-3)
+    assert float(exact.error) <= 1e-5
+    assert 0.01 <= float(one_step.error) <= 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("solver", "rtol"),
+    [
+        (bilevel.dense(), 2e-2),
+        (bilevel.nystrom(8, 1e-3), 2e-2),
+        (bilevel.cg(preconditioner=bilevel.nystrom(4, 0.1)), 0.1),
+    ],
+    ids=["dense", "nystrom", "preconditioned"],
+)
+def test_half_precision(solver, rtol, dtype):
+    matrix, b = symmetric(np.linspace(0.5, 2.0, 8)), np.linspace(1.0, 2.0, 8)
+    x, state, info = run(solver, matrix, jnp.asarray(b, dtype))
+    x, _, _ = run(solver, matrix, jnp.asarray(b, dtype), state)
+    assert x.dtype == dtype
+    expected = np.linalg.solve(matrix, b)
+    assert np.linalg.norm(np.asarray(x, np.float64) - expected) <= rtol * np.linalg.norm(expected)
+    assert float(info.residual) <= 0.1 * np.linalg.norm(b)
+
+
 def test_cg_warm_start_takes_fewer_steps():
     cg = bilevel.cg(max_steps=200, tol=1e-8)
     _, state, cold = run(cg, SPREAD, RHS)
@@ -304,10 +388,10 @@ def test_cg_damping_heals_an_indefinite_matrix():
     matrix = symmetric(np.linspace(-0.1, 1.0, 10))
     b = np.ones(10)
     _, _, plain = run(bilevel.cg(), matrix, b)
-    x, _, damped = run(bilevel.cg(damping=0.3), matrix, b)
+    x, _, damped = run(bilevel.cg(damping=0.3, tol=1e-12), matrix, b)
     assert bool(plain.negative_curvature)
     assert not bool(damped.negative_curvature)
-    np.testing.assert_allclose(x, np.linalg.solve(matrix + 0.3 * np.eye(10), b), rtol=1e-6)
+    np.testing.assert_allclose(x, np.linalg.solve(matrix + 0.3 * np.eye(10), b), rtol=1e-10)
 
 
 def test_cg_reports_negative_curvature_met_late_and_keeps_what_it_had():

@@ -144,6 +144,71 @@ def test_lifted_losses_with_model_state():
     np.testing.assert_allclose(result.model_state, train + (mean - train) * 0.5**10, rtol=1e-12)
 
 
+@pytest.mark.parametrize("where", ["train", "valid"])
+@pytest.mark.parametrize("wrap", [lambda source: source, bilevel.with_rng], ids=["plain", "with_rng"])
+def test_a_lifted_problem_refuses_sampled_sources(where, wrap):
+    # Their rows would be the folds: which fold meets which params would change from step to step.
+    def drop_key(loss):
+        return lambda w, h, batch: loss(w, h, batch[0] if isinstance(batch[0], tuple) else batch)
+
+    problem = bilevel.lift(bilevel.Problem(drop_key(RIDGE.inner), drop_key(RIDGE.outer)))
+    data = dict(zip(("train", "valid"), folds(), strict=True))
+    data[where] = wrap(bilevel.minibatches(data[where], 4))
+    method = bilevel.alternating(bilevel.implicit(), optax.sgd(0.3), OUTER)
+    args = problem, np.zeros((4, 20)), np.float64(-3.0)
+    words = f"{where}.*sampled.*bilevel.lift.*whole arrays.*bilevel.stacked"
+    with pytest.raises(ValueError, match=words):
+        method.init(*args, data["train"], data["valid"], key=KEY)
+    with pytest.raises(ValueError, match=words):
+        run(*args, data["train"], data["valid"], method, 2)
+    with pytest.raises(ValueError, match=words):
+        bilevel.hypergradient(problem)(*args[1:], data["train"], data["valid"])
+    # Of another number than there are folds, they do not even fit.
+    data[where] = wrap(bilevel.minibatches(folds()[where == "valid"], 2))
+    with pytest.raises(ValueError, match="params have 4 members.*a batch has 2.*minibatches would draw"):
+        run(*args, data["train"], data["valid"], method, 2)
+
+
+def test_each_member_of_a_lifted_problem_has_a_key_of_its_own():
+    def noisy(w, h, batch):
+        data, key = batch
+        return 0.5 * (w - h * data * jax.random.normal(key)) ** 2
+
+    def drawn(hparams, batch, key):
+        data, own = batch
+        return hparams * data * (jax.random.normal(key) + jax.random.normal(own))
+
+    problem = bilevel.lift(bilevel.Problem(noisy, lambda w, h, batch: w**2, start=drawn))
+    train, valid, h = jnp.ones(3), jnp.ones(3), jnp.float64(2.0)
+    batch, keys = (train, KEY), jax.random.split(KEY, 3)
+    inner = jax.jit(jax.grad(problem.inner))(jnp.zeros(3), h, batch)
+    np.testing.assert_allclose(inner, -2.0 * jax.vmap(jax.random.normal)(keys), rtol=1e-12)
+    start = jax.jit(problem.start)(h, batch, jax.random.key(1))
+    assert np.unique(np.round(inner, 6)).size == np.unique(np.round(start, 6)).size == 3
+    estimate = at(problem, bilevel.unrolled(optax.sgd(0.1), 2), None, h, bilevel.with_rng(train), valid)
+    assert np.isfinite(estimate.grad)
+    twice = bilevel.lift(bilevel.lift(bilevel.Problem(noisy, lambda w, h, batch: w**2)))
+    both = jax.grad(twice.inner)(jnp.zeros((2, 3)), h, (jnp.ones((2, 3)), KEY))
+    assert np.unique(np.round(both, 6)).size == 6
+
+
+@pytest.mark.parametrize("estimator", [bilevel.implicit(), bilevel.unrolled(optax.sgd(0.1), 5)])
+def test_examples_are_counted_over_all_members(estimator):
+    (a, b), (v, c) = folds()
+    fn = bilevel.hypergradient(bilevel.lift(RIDGE), estimator)
+    counts = fn(np.zeros((4, 20)), np.float64(-3.0), (a, b), (v, c)).counts
+    assert counts.outer_grad == 40
+    assert counts.cross == 120 * (5 if estimator.trajectory else 1)
+    nested = bilevel.hypergradient(bilevel.lift(bilevel.lift(RIDGE)), estimator)
+    more = jax.tree.map(lambda x: np.stack([x, x]), ((a, b), (v, c)))
+    doubled = nested(np.zeros((2, 4, 20)), np.float64(-3.0), *more).counts
+    assert (doubled.outer_grad, doubled.cross) == (2 * counts.outer_grad, 2 * counts.cross)
+    if not estimator.trajectory:
+        method = bilevel.alternating(estimator, optax.sgd(0.1), OUTER, inner_steps=3)
+        result = run(bilevel.lift(RIDGE), np.zeros((4, 20)), np.float64(-3.0), (a, b), (v, c), method, 1)
+        assert result.history["inner_grad"][0] == 3 * 120
+
+
 def test_lifted_shapes_that_do_not_fit():
     train, valid = folds()
     for params, words in (

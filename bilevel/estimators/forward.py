@@ -46,7 +46,7 @@ class Forward(TrajectoryEstimator):
             out_axes=(None, 0, None),
         )(jnp.eye(flat.size, dtype=flat.dtype))
         grad = spread(tangents.astype(flat.dtype))
-        return self.report(value, grad, end, metrics, draw, valid, passes=flat.size), state
+        return self.report(problem, value, grad, end, metrics, draw, valid, passes=flat.size), state
 
 
 def forward(inner=None, steps: int | None = None, truncate: int | None = None, per_step=None) -> Forward:

@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import validation
-from bilevel.data import rows
-from bilevel.linear_solvers import CG, axpy, cg, norm
+from bilevel.lift import examples
+from bilevel.linear_solvers import axpy, cg, norm
 from bilevel.problem import (
     RESIDUAL,
     Composite,
@@ -42,6 +42,7 @@ from bilevel.problem import (
     outer_value,
     updated,
 )
+from bilevel.vectors import scaled, unit_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +63,7 @@ class Implicit:
                 'curvature="gauss_newton" needs an inner loss of known structure: '
                 "bilevel.composite(predict, loss, penalty)."
             )
-        if isinstance(problem, FixedPoint) and isinstance(self.solver, CG):
-            raise TypeError(
-                "solver: the system of a FixedPoint is not symmetric, which bilevel.cg() needs; take "
-                "bilevel.gmres(), bilevel.neumann(...) or bilevel.dense()."
-            )
+        validation.linear_system("solver", self.solver, problem)
         if self.batches and isinstance(problem, FixedPoint):
             raise ValueError("batches= averages inner losses, and a FixedPoint has none.")
         return self.solver.init(point.params)
@@ -85,23 +82,27 @@ class Implicit:
         if isinstance(problem, FixedPoint):  # its matrix is not symmetric: definiteness says nothing
             solve = solve._replace(negative_curvature=jnp.bool_(False))
         hv, cross = both(v)
-        b_norm = norm(b)
-        residual = norm(axpy(-1.0, hv, b))
+        # In the unit of b: squares of very small or large numbers leave the range of their dtype.
+        unit = unit_of(b)
+        b_norm = norm(scaled(b, 1 / unit))
+        left = norm(scaled(axpy(-1.0, hv, b), 1 / unit))
+        # What the solver found to be no number is none here, even where its answer hides it.
+        left = jnp.where(jnp.isnan(solve.residual), jnp.nan, left)
         batch = draw.last
         averaged = max(1, self.batches) if draw.sampled else 1
-        train_rows, valid_rows = rows(batch) * averaged, rows(valid)
+        train_rows, valid_rows = examples(problem, batch) * averaged, examples(problem, valid)
         estimate = Estimate(
             value=value,
             grad=axpy(-1.0, cross, direct),
             point=point,
-            error=residual / jnp.where(b_norm == 0, 1, b_norm),
+            error=left / jnp.where(b_norm == 0, 1, b_norm),
             counts=Counts(
                 inner_grad=jnp.float32(0),
                 outer_grad=jnp.float32(valid_rows),
                 hvp=(solve.products * train_rows).astype(jnp.float32),
                 cross=jnp.float32(train_rows),
             ),
-            solve=solve._replace(residual=residual),
+            solve=solve._replace(residual=left * unit),
             metrics=metrics,
             error_kind=RESIDUAL,
         )

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import validation
-from bilevel.data import rows
 from bilevel.inner_solvers import inner_step, started
+from bilevel.lift import examples
 from bilevel.problem import Counts, Estimate, FixedPoint, Point, SolveInfo, StaticTree, outer_value
 from bilevel.trees import spread
 
@@ -45,7 +45,7 @@ class TrajectoryEstimator:
     @property
     def _unsettled(self) -> str:
         return (
-            f"{type(self).__name__.lower()}() has no inner optimiser or number of steps: give inner= "
+            f"{validation.called(self)}() has no inner optimiser or number of steps: give inner= "
             "and steps= here, or use it inside a method that has them."
         )
 
@@ -84,10 +84,10 @@ class TrajectoryEstimator:
 
         return value
 
-    def report(self, value, grad, end: Point, metrics, draw, valid, passes: int) -> Estimate:
+    def report(self, problem, value, grad, end: Point, metrics, draw, valid, passes: int) -> Estimate:
         """The estimate at the end point, derivatives having taken ``passes`` sweeps over the steps kept."""
         steps, kept = self.lengths
-        batch_rows = jnp.float32(rows(draw.last))
+        batch_rows = jnp.float32(examples(problem, draw.last))
         return Estimate(
             value=value,
             grad=grad,
@@ -95,7 +95,7 @@ class TrajectoryEstimator:
             error=jnp.full_like(value, jnp.inf),
             counts=Counts(
                 inner_grad=steps * batch_rows,
-                outer_grad=jnp.float32(rows(valid)),
+                outer_grad=jnp.float32(examples(problem, valid)),
                 hvp=kept * passes * batch_rows,
                 cross=kept * passes * batch_rows,
             ),

@@ -30,6 +30,7 @@ import dataclasses
 
 import jax
 
+from bilevel import validation
 from bilevel.estimators.rollout import TrajectoryEstimator, settings
 
 
@@ -49,7 +50,23 @@ class Unrolled(TrajectoryEstimator):
                 "inner: reverse mode cannot pass through the while loop of this optimiser (a line search?); "
                 "take one without, bilevel.forward() or bilevel.implicit()."
             ) from error
-        return self.report(value, grad, end, metrics, draw, valid, passes=1), state
+        return self.report(problem, value, grad, end, metrics, draw, valid, passes=1), state
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStep(Unrolled):
+    """See `one_step`. Outside a method that says how many, it takes the one step that it differentiates."""
+
+    def init(self, problem, point, hparams):
+        """No state; the start is the point."""
+        if self.steps is None:
+            return dataclasses.replace(self, steps=1).init(problem, point, hparams)
+        return super().init(problem, point, hparams)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Steps taken, and how many of them, the last one, are differentiated."""
+        return self.steps or 1, 1
 
 
 def unrolled(
@@ -84,18 +101,20 @@ def unrolled(
       1.000 1.000
     """
     inner, steps, truncate, per_step = settings(inner, steps, truncate, per_step)
-    return Unrolled(inner, steps, truncate, bool(remat), per_step)
+    return Unrolled(inner, steps, truncate, validation.flag("remat", remat), per_step)
 
 
-def one_step(inner=None) -> Unrolled:
+def one_step(inner=None) -> OneStep:
     """Through the last inner step only: T1-T2 and first-order-cheap DARTS.
 
     The indirect term is that of a single step, ``-step_size (d_params outer) . d_hparams d_params inner`` for
     gradient descent: one cross product, no Hessian. Biased by everything older than one step; its scale is
-    that of the inner step size. The same as ``unrolled(inner, truncate=1)``.
+    that of the inner step size. Inside a method the same as ``unrolled(truncate=1)``; alone, one step from
+    the point given.
 
     Args:
       inner: an optax optimiser, for one step from the point given; default the inner loop of the
-        method it is used in, whose last step is differentiated.
+        method it is used in, whose last step is differentiated, and for a `bilevel.FixedPoint` its map.
     """
-    return unrolled(inner, steps=None if inner is None else 1, truncate=1)
+    inner, steps, truncate, per_step = settings(inner, None if inner is None else 1, 1, None)
+    return OneStep(inner, steps, truncate, True, per_step)

@@ -12,7 +12,7 @@ import optax
 from bilevel import validation
 from bilevel.inner_loops.measured import check_atol, loss_of, needs_a_loss, size_of_gradient, tolerance
 from bilevel.problem import Draw, Point, PyTree, SolveInfo
-from bilevel.vectors import vdot, where
+from bilevel.vectors import cast, vdot, where, widened
 
 
 class _Quasi(NamedTuple):
@@ -49,9 +49,17 @@ class LBFGS:
     def solve(self, problem, state, point, hparams, draw: Draw, key, *, atol=None):
         """On the last batch of the draw."""
         del key
-        loss = loss_of(problem, point, hparams, draw.last)
+        # One dtype for all leaves and the loss, of at least 32 bits, whatever those of params and data are.
+        params = widened(point.params)
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        given = loss_of(problem, point, hparams, draw.last)
+
+        def loss(params):
+            return given(cast(params, point.params)).astype(dtype)
+
         optimizer = optax.lbfgs(memory_size=self.memory)
-        atol = tolerance(self.atol, atol, point.params)
+        atol = tolerance(self.atol, atol, point.params).astype(dtype)
 
         def going(at):
             return (at.size > atol) & jnp.isfinite(at.size) & (at.steps < self.max_steps) & ~at.stuck
@@ -83,16 +91,16 @@ class LBFGS:
                 stuck=stuck | lost | (idle >= _IDLE),
             )
 
-        value, grad = jax.value_and_grad(loss)(point.params)
-        opt_state = optimizer.init(point.params)
+        value, grad = jax.value_and_grad(loss)(params)
+        opt_state = optimizer.init(params)
         size = jnp.where(jnp.isfinite(value), size_of_gradient(grad), jnp.inf)
         zero = jnp.int32(0)
         start = _Quasi(
-            point.params, opt_state, value, grad, size, zero, zero + 1, (value, size), zero, jnp.bool_(False)
+            params, opt_state, value, grad, size, zero, zero + 1, (value, size), zero, jnp.bool_(False)
         )
         end = jax.lax.while_loop(going, body, start)
         info = SolveInfo(end.size, end.steps, end.gradients, jnp.bool_(False))
-        return Point(end.params, point.opt_state, point.model_state), state, info
+        return Point(cast(end.params, point.params), point.opt_state, point.model_state), state, info
 
 
 def lbfgs(max_steps: int = 200, atol: float | None = None, memory: int = 10) -> LBFGS:

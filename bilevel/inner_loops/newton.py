@@ -12,15 +12,17 @@ from jax.flatten_util import ravel_pytree
 from bilevel import linear_solvers, validation
 from bilevel.inner_loops.measured import check_atol, loss_of, needs_a_loss, size_of_gradient, tolerance
 from bilevel.problem import Draw, Point, SolveInfo
+from bilevel.vectors import widened
 
 _HALVINGS = 30
 
 
 class _Search(NamedTuple):
-    """``params``, with ``value`` and ``size``, was accepted last; the trial goes along ``direction``."""
+    """``params`` was accepted last, with what follows; the trial goes along Newton's or the ``steepest``."""
 
     params: jax.Array
     value: jax.Array
+    grad: jax.Array
     size: jax.Array
     direction: jax.Array
     slope: jax.Array
@@ -28,6 +30,7 @@ class _Search(NamedTuple):
     steps: jax.Array
     gradients: jax.Array
     indefinite: jax.Array
+    steepest: jax.Array
     done: jax.Array
 
 
@@ -54,12 +57,13 @@ class Newton:
     def solve(self, problem, state, point, hparams, draw: Draw, key, *, atol=None):
         """On the last batch of the draw."""
         del key
-        flat, unravel = ravel_pytree(point.params)
+        narrow, unravel = ravel_pytree(point.params)
+        flat = widened(narrow)
         tree_loss = loss_of(problem, point, hparams, draw.last)
         atol = tolerance(self.atol, atol, point.params)
 
         def loss(flat):
-            return tree_loss(unravel(flat))
+            return tree_loss(unravel(flat.astype(narrow.dtype)))
 
         def direction(flat, grad):
             hessian = jax.jacfwd(jax.grad(loss))(flat) + self.damping * jnp.eye(flat.size, dtype=flat.dtype)
@@ -82,21 +86,29 @@ class Newton:
             accept = accept | first
             steps = jnp.where(accept & ~first, at.steps + 1, at.steps)
             small = accept & ((size <= atol) | (first & ~jnp.isfinite(size)))
-            done = small | (accept & (steps >= self.max_steps)) | (~accept & (at.halvings >= _HALVINGS))
+            failed = ~accept & (at.halvings >= _HALVINGS)
+            turn = failed & ~at.steepest
+            done = small | (accept & (steps >= self.max_steps)) | (failed & at.steepest)
             again = accept & ~done
             new, convex = jax.lax.cond(
                 again, direction, lambda flat, grad: (at.direction, jnp.bool_(True)), trial, grad
             )
+            # Where the loss is next to flat Newton's step is too long for any halving: down the gradient
+            # then, at first as far as the origin is.
+            new = jnp.where(turn, -jnp.maximum(jnp.linalg.norm(at.params), 1) / at.size * at.grad, new)
+            grad = jnp.where(accept, grad, at.grad)
             return _Search(
                 params=jnp.where(accept, trial, at.params),
                 value=jnp.where(accept, value, at.value),
+                grad=grad,
                 size=jnp.where(accept, size, at.size),
                 direction=new,
-                slope=jnp.where(again, jnp.vdot(new, grad), at.slope),
-                halvings=jnp.where(accept, 0, at.halvings + 1),
+                slope=jnp.where(again | turn, jnp.vdot(new, grad), at.slope),
+                halvings=jnp.where(accept | turn, 0, at.halvings + 1),
                 steps=steps,
                 gradients=at.gradients + 1 + jnp.where(again, flat.size, 0),
                 indefinite=at.indefinite | (again & ~convex),
+                steepest=turn | (at.steepest & ~accept),
                 done=done,
             )
 
@@ -104,10 +116,11 @@ class Newton:
         inf = jnp.asarray(jnp.inf, flat.dtype)
         value = jnp.asarray(jnp.inf, jax.eval_shape(loss, flat).dtype)
         nothing = jnp.zeros_like(flat)
-        start = _Search(flat, value, inf, nothing, jnp.zeros_like(inf), zero, zero, zero, no, no)
+        start = _Search(flat, value, nothing, inf, nothing, jnp.zeros_like(inf), zero, zero, zero, no, no, no)
         end = jax.lax.while_loop(lambda at: ~at.done, body, start)
         info = SolveInfo(end.size, end.steps, end.gradients, end.indefinite)
-        return Point(unravel(end.params), point.opt_state, point.model_state), state, info
+        params = unravel(end.params.astype(narrow.dtype))
+        return Point(params, point.opt_state, point.model_state), state, info
 
 
 def _downhill(hessian, grad):
@@ -127,7 +140,8 @@ def newton(max_steps: int = 50, atol: float | None = None, damping: float = 0.0)
     parameter, and two matrices of memory.
 
     Args:
-      max_steps: steps at most; backtracking halves a step at most 30 times, then it ends there.
+      max_steps: steps at most; backtracking halves a step at most 30 times, then goes down the gradient, and
+        ends where that does not help either.
       atol: Euclidean norm of the gradient, absolute; default the square root of the dtype's rounding unit.
       damping: added to the diagonal of the Hessian. The solution stays the same; convergence becomes linear.
 

@@ -22,6 +22,7 @@ import optax
 from bilevel import data, validation
 from bilevel.constraints import BoundConstraints, bind
 from bilevel.inner_solvers import Tuned, descend, start_point, started
+from bilevel.lift import examples, refuse_sampled
 from bilevel.linear_solvers import norm, where
 from bilevel.problem import (
     Estimator,
@@ -147,6 +148,7 @@ class Alternating:
         train = data.as_source(train, "train")
         valid = data.as_source(valid, "valid")
         data.check_sources(train, valid, self._steps)
+        refuse_sampled(problem, train=train, valid=valid)
         if self.period != 1 and train.restarts and train.renewed:
             raise ValueError("period would waste the batches of an iterable; take arrays or minibatches.")
         constraints = bind(problem.constraints, hparams)
@@ -154,7 +156,8 @@ class Alternating:
         seen = self.seen(hparams, 0)
         params = validation.first_params(problem, params, seen, lambda: train.batch(key, 0), key)
         batches = data.abstract_batch(train), data.abstract_batch(valid)
-        validation.problem_on_data(problem, self._inner, params, seen, *batches, model_state)
+        settled = self._estimator
+        validation.problem_on_data(problem, settled, self._inner, params, seen, *batches, model_state)
         # Copies, so that a loop that donates its state leaves the user's arrays alone.
         return self._first_state(problem, constraints, *_copy((params, hparams, key, model_state)))
 
@@ -255,7 +258,7 @@ class Alternating:
             return estimated, estimated[0].point, state.inner, estimated[0].counts.inner_grad
         end, inner, taken = self._advance(problem, state, hparams, draw, moves, key)
         estimated = estimate(state.point if self.simultaneous else end)
-        gradients = estimated[0].counts.inner_grad + taken * data.rows(draw.last)
+        gradients = estimated[0].counts.inner_grad + taken * examples(problem, draw.last)
         return estimated, end, inner, gradients
 
     def _begin(self, state) -> Point:
@@ -286,7 +289,10 @@ class Alternating:
             if not self._solves:
                 end = descend(problem, self.inner, start, hparams, draw)
                 return end, state.inner, jnp.float32(draw.steps)
-            end, inner, info = self.inner.solve(problem, state.inner, start, hparams, draw, key)
+            begun = state.inner
+            if self.restart or problem.start is not None:
+                begun = self.inner.init(problem, start, hparams)
+            end, inner, info = self.inner.solve(problem, begun, start, hparams, draw, key)
             return end, inner, jnp.asarray(info.products, jnp.float32)
 
         if self.period == 1:
@@ -320,7 +326,7 @@ def _check_inner_loop(estimator: Any, inner, inner_steps: int) -> None:
         if inner is not None or inner_steps != 1:
             raise ValueError(
                 "inner and inner_steps are given twice, to alternating and to its estimator "
-                f"({type(estimator).__name__.lower()}); give them to one of the two."
+                f"({validation.called(estimator)}); give them to one of the two."
             )
         if estimator.steps is None:
             raise ValueError("the estimator has inner= but no steps=; give both there, or both here.")
@@ -336,7 +342,7 @@ def _check_inner_loop(estimator: Any, inner, inner_steps: int) -> None:
         raise TypeError(
             "bilevel.tuned needs an estimator of the trajectory family, such as bilevel.unrolled() or "
             "bilevel.forward(): the inner solution does not depend on the optimiser that found it, so that "
-            f"{type(estimator).__name__.lower()}() sees nothing of its hyperparameters."
+            f"{validation.called(estimator)}() sees nothing of its hyperparameters."
         )
     elif inner is not None:
         validation.kind("inner", inner, "an inner optimiser or solver")
@@ -363,8 +369,8 @@ def alternating(
       inner_steps: inner steps per outer step.
       period: advance params only every so many outer steps.
       warmup: leave hparams where they are for so many first outer steps.
-      restart: begin every outer step at the first params, optimiser state and model state. (A problem's
-        ``start`` makes params anew and leaves the model state.)
+      restart: begin every outer step at the first params, optimiser state and model state, an inner solver
+        at a fresh state of its own. (A problem's ``start`` makes params anew, and leaves the model state.)
       simultaneous: estimate at the old params, so that all variables move from the old point.
 
     Raises:
@@ -386,12 +392,12 @@ def alternating(
     inner_steps = validation.whole_number("inner_steps", inner_steps, 1)
     period = validation.whole_number("period", period, 1)
     warmup = validation.whole_number("warmup", warmup, 0)
+    restart = validation.flag("restart", restart)
+    simultaneous = validation.flag("simultaneous", simultaneous)
     _check_inner_loop(estimator, inner, inner_steps)
     if getattr(estimator, "trajectory", False) and (period != 1 or simultaneous):
         raise ValueError(
             "period and simultaneous need an estimator of the implicit family; the trajectory family "
             "advances params in every estimate."
         )
-    return Alternating(
-        estimator, inner, outer, inner_steps, period, warmup, bool(restart), bool(simultaneous)
-    )
+    return Alternating(estimator, inner, outer, inner_steps, period, warmup, restart, simultaneous)
