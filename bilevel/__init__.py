@@ -12,6 +12,7 @@ from bilevel.inner_loops.accelerated import accelerated
 from bilevel.inner_loops.epoch_sgd import epoch_sgd
 from bilevel.inner_loops.lbfgs import lbfgs
 from bilevel.inner_loops.newton import newton
+from bilevel.inner_loops.newton_cg import newton_cg
 from bilevel.inner_loops.optax_loop import optax_loop
 from bilevel.inner_loops.picard import picard
 from bilevel.inner_solvers import tuned
@@ -74,6 +75,7 @@ __all__ = [
     "minibatches",
     "neumann",
     "newton",
+    "newton_cg",
     "nystrom",
     "one_step",
     "optax_loop",

@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from bilevel import data, loop, validation
 from bilevel.constraints import bind
 from bilevel.estimators.implicit import implicit
+from bilevel.estimators.unrolled import unrolled
 from bilevel.feed import EpisodeHalf, Feed, halves
+from bilevel.inner_loops.newton_cg import newton_cg
 from bilevel.linear_solvers import cg, gmres
 from bilevel.methods.alternating import alternating
 from bilevel.problem import FixedPoint, Method, Problem
@@ -29,10 +32,59 @@ from bilevel.run import Run
 _CAPACITY = 512
 _FED = (Feed, EpisodeHalf)
 
+
+def _outer(first: float, scale: int) -> optax.GradientTransformation:
+    """Adam of rate ``first / sqrt(1 + t / scale)``: bold at first, and any distance is covered in the end.
+
+    Hypergradients fall by orders of magnitude along a run: a long memory of their squares would stop it.
+    """
+    return optax.adam(lambda t: first / jnp.sqrt(1 + t / scale), b1=0.8, b2=0.9)
+
+
+# Each choice is measured by `python -m benchmarks default_method`. Newton steps need no rate and follow the
+# solution within a few per cent; both systems are solved as far as hypergradients profit from.
 DEFAULT_METHOD = alternating(
-    implicit(cg(max_steps=20)), inner=optax.adam(1e-2), outer=optax.adam(5e-2), inner_steps=20
+    implicit(cg(max_steps=50, tol=0.03)),
+    inner=newton_cg(max_steps=1, atol=0.0, cg_steps=50, rtol=0.1),
+    outer=_outer(0.3, 20),
 )
-DEFAULT_FIXED_POINT = alternating(implicit(gmres(max_steps=20)), outer=optax.adam(5e-2), inner_steps=20)
+# Curvature of one batch is not worth many products, nor its noise bold steps.
+DEFAULT_SAMPLED = alternating(
+    implicit(cg(max_steps=5, tol=0.1)),
+    inner=optax.adam(1e-2),
+    outer=_outer(0.1, 50),
+    inner_steps=20,
+)
+# Every outer step begins anew, so that derivatives have to go through all inner steps.
+DEFAULT_FROM_START = alternating(
+    unrolled(),
+    inner=optax.adam(1e-2, eps_root=1e-8),
+    outer=_outer(0.1, 50),
+    inner_steps=20,
+)
+DEFAULT_FIXED_POINT = alternating(implicit(gmres(max_steps=20)), outer=_outer(0.3, 20), inner_steps=20)
+
+
+def default_method(problem: Problem | FixedPoint, train) -> Method:
+    """What `optimize` takes where no method is given.
+
+    Args:
+      problem: a fixed point or one with a ``start`` has a method of its own; model state, which only inner
+        steps advance, that of batches.
+      train: the training data, as given to `optimize`.
+    """
+    if isinstance(problem, FixedPoint):
+        return DEFAULT_FIXED_POINT
+    batches = isinstance(train, data.Episodes | data.Source) and not isinstance(train, data.Whole)
+    if problem.start is not None:
+        method = DEFAULT_FROM_START
+    elif batches or data.is_iterable(train) or problem.has_state:
+        method = DEFAULT_SAMPLED
+    else:
+        return DEFAULT_METHOD
+    if isinstance(train, data.Stacked):
+        return dataclasses.replace(method, inner_steps=train.num_batches)
+    return method
 
 
 def optimize(
@@ -67,8 +119,10 @@ def optimize(
       train: training data: a pytree of arrays (used whole), `minibatches`, `stacked`, `with_rng`, any Python
         iterable of batches, or `episodes`.
       valid: validation data, likewise (not `stacked`); None with `episodes`, which hold both.
-      method: default `alternating` with implicit gradients, and Adam at both levels (of a fixed point the map
-        and Adam).
+      method: default `alternating` with implicit gradients, which needs no tuning: with whole arrays one
+        Newton step by conjugate gradients and one bold, slowly falling Adam step per outer step; with
+        batches or model state 20 Adam steps and smaller outer ones; with a ``start`` the same, unrolled; for
+        a fixed point 20 applications of the map.
       steps: outer steps.
       key: PRNG key of the run; default ``jax.random.key(0)``.
       mesh: devices to place data on.
@@ -118,7 +172,7 @@ def optimize(
     if constraints is not None:
         problem = dataclasses.replace(problem, constraints=constraints)
     if method is None:
-        method = DEFAULT_FIXED_POINT if isinstance(problem, FixedPoint) else DEFAULT_METHOD
+        method = default_method(problem, train)
     validation.kind("method", method, "a method")
     steps = validation.whole_number("steps", steps, 1)
     judge_every = validation.whole_number("judge_every", judge_every, 1)

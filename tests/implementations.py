@@ -313,7 +313,7 @@ LATER = {"Smoothness", "integer"}
 # in `tests/test_inner_loops.py`.
 OTHER = {
     "STOP",
-    *("accelerated", "epoch_sgd", "lbfgs", "newton", "optax_loop", "picard"),
+    *("accelerated", "epoch_sgd", "lbfgs", "newton", "newton_cg", "optax_loop", "picard"),
     *("Problem", "FixedPoint", "composite", "lift", "hypergradient", "optimize", "load", "argmin"),
     "check_hypergradient",
     *(

@@ -13,7 +13,7 @@ from problems import NETWORK, RIDGE, Quadratic, network_data, network_train, rid
 
 import bilevel
 from bilevel import data, linear_solvers
-from bilevel.inner_loops import accelerated, epoch_sgd, lbfgs, newton, optax_loop, picard
+from bilevel.inner_loops import accelerated, epoch_sgd, lbfgs, newton, newton_cg, optax_loop, picard
 from bilevel.problem import Draw, InnerSolver, Point
 
 KEY = jax.random.key(0)
@@ -25,6 +25,7 @@ DETERMINISTIC = {
     ),
     "lbfgs": lbfgs(atol=1e-9),
     "newton": newton(atol=1e-9),
+    "newton_cg": newton_cg(atol=1e-9),
 }
 EVERY = DETERMINISTIC | {"epoch_sgd": epoch_sgd(0.25, 1.0, steps=16, epochs=9, atol=1e-9)}
 each = pytest.mark.parametrize("solver", DETERMINISTIC.values(), ids=DETERMINISTIC.keys())
@@ -198,6 +199,8 @@ def test_a_fixed_point_has_no_loss_to_minimise():
         (lambda: lbfgs(memory=0), ValueError, "memory must be at least 1"),
         (lambda: lbfgs(max_steps=1.5), TypeError, "max_steps must be a whole number"),
         (lambda: newton(damping=-1.0), ValueError, "damping"),
+        (lambda: newton_cg(cg_steps=0), ValueError, "cg_steps must be at least 1"),
+        (lambda: newton_cg(rtol=-1.0), ValueError, "rtol"),
         (lambda: epoch_sgd(0.0, 1.0), ValueError, "step_size must be a positive number"),
         (lambda: epoch_sgd(0.1, 1.0, epochs=40), ValueError, "Take fewer"),
         (lambda: picard(atol="x"), TypeError, "atol must be a number"),
@@ -304,6 +307,49 @@ def test_newton_goes_to_rounding_and_damping_keeps_the_solution():
     )
     assert int(info.steps) > 5
     np.testing.assert_allclose(damped, w, atol=1e-10)
+
+
+def test_one_newton_step_of_exact_cg_solves_a_quadratic():
+    w, info = solve(newton_cg(1, 0.0, 40, 1e-14), RIDGE, jnp.zeros(20), jnp.float64(-3.0), ridge().train)
+    np.testing.assert_allclose(w, ridge().solution(-3.0), rtol=1e-9)
+    assert int(info.steps) == 1
+    assert 20 <= int(info.products) - 2 <= 40  # two gradients beside the products of CG
+
+
+def test_cg_stops_at_its_tolerance():
+    params = jnp.zeros(20), jnp.float64(-3.0), ridge().train
+    before = ridge_residual(params[0], -3.0)
+    products = []
+    for rtol in (0.5, 0.1, 1e-3):
+        _, info = solve(newton_cg(1, 0.0, 100, rtol), RIDGE, *params)
+        assert float(info.residual) <= rtol * before * (1 + 1e-9)
+        products.append(int(info.products))
+    assert products == sorted(set(products))
+    _, info = solve(newton_cg(1, 0.0, 3, 0.0), RIDGE, *params)
+    assert int(info.products) == 5
+
+
+def test_newton_cg_goes_downhill_at_a_saddle_and_beyond():
+    def inner(w, h, batch):
+        return jnp.sum(batch * (0.25 * w**4 - 0.5 * h * w**2))  # minima at +-1
+
+    problem = bilevel.Problem(inner=inner, outer=lambda w, h, batch: jnp.sum(w))
+    for start in ([0.1, -0.3], [3.0, -2.0], [1e4, 1e-4]):
+        w, info = solve(newton_cg(atol=1e-12), problem, jnp.array(start), jnp.float64(1.0), jnp.ones(2))
+        np.testing.assert_allclose(jnp.abs(w), 1.0, rtol=1e-12)
+        assert bool(info.negative_curvature) == (min(map(abs, start)) < 1)
+
+
+def test_newton_cg_backtracks_where_whole_steps_overshoot():
+    # From beyond 1 whole Newton steps on sqrt(1 + w^2) leap ever farther.
+    problem = bilevel.Problem(
+        inner=lambda w, h, batch: jnp.sum(jnp.sqrt(1 + (w - batch) ** 2)) + 0 * h,
+        outer=lambda w, h, batch: jnp.sum(w),
+    )
+    for far in (3.0, 1e3):
+        w, info = solve(newton_cg(200, 1e-12), problem, jnp.full(3, far), jnp.float64(0.0), jnp.arange(3.0))
+        assert float(info.residual) <= 1e-12
+        np.testing.assert_allclose(w, np.arange(3), atol=1e-11)
 
 
 def test_newton_refuses_what_does_not_fit():
@@ -433,3 +479,53 @@ def test_epoch_sgd_stays_in_its_balls():
         )
         reach = sum(2 ** (-s / 2) for s in range(epochs))
         assert 0.5 * reach < np.linalg.norm(end.params) <= reach * (1 + 1e-12)
+
+
+# --- Precision ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [lbfgs(), newton()], ids=["lbfgs", "newton"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("data_dtype", [None, jnp.float64])
+def test_params_of_low_precision(solver, dtype, data_dtype):
+    train = jax.tree.map(lambda x: x.astype(data_dtype or dtype), ridge().train)
+    w, info = solve(solver, RIDGE, jnp.zeros(20, dtype), jnp.asarray(0.0, data_dtype or dtype), train)
+    assert w.dtype == dtype
+    atol = 4 * float(jnp.finfo(dtype).eps) ** 0.5
+    np.testing.assert_allclose(w.astype(np.float64), ridge().solution(0.0), atol=atol)
+    assert float(info.residual) <= atol
+
+
+@pytest.mark.parametrize("solver", [lbfgs(), newton()], ids=["lbfgs", "newton"])
+def test_leaves_of_different_precision(solver):
+    params = {"a": jnp.zeros(12, jnp.float32), "b": jnp.zeros(8)}
+    joined = bilevel.Problem(
+        lambda w, h, batch: RIDGE.inner(jnp.concatenate([w["a"], w["b"]]), h, batch), RIDGE.outer
+    )
+    w, _ = solve(solver, joined, params, jnp.float64(0.0), ridge().train)
+    assert (w["a"].dtype, w["b"].dtype) == (jnp.float32, jnp.float64)
+    np.testing.assert_allclose(ravel_pytree(w)[0], ridge().solution(0.0), atol=1e-3)
+
+
+# --- Newton where its own step is useless ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [1e3, 1e5, 1e6])
+def test_newton_comes_back_from_afar(start):
+    # The Hessian is next to nothing there: Newton's step is longer than halvings can mend.
+    problem = bilevel.Problem(lambda w, h, batch: jnp.sum(jnp.sqrt(1 + (w - h) ** 2)), lambda w, h, b: h)
+    w, info = solve(newton(), problem, jnp.array([start, -0.3 * start]), jnp.float64(1.0), jnp.ones(2))
+    assert float(info.residual) <= 1e-8
+    np.testing.assert_allclose(w, 1.0, atol=1e-7)
+
+
+def test_newton_leaves_the_flat_side_of_logistic_regression():
+    x = np.random.default_rng(1).standard_normal((40, 2))
+    y = np.where(x[:, 0] > 0, 1.0, -1.0)
+
+    def loss(w, h, batch):
+        return jnp.mean(jax.nn.softplus(-batch[1] * (batch[0] @ w))) + 0.5 * h * w @ w
+
+    problem = bilevel.Problem(loss, lambda w, h, batch: h)
+    _, info = solve(newton(), problem, jnp.full(2, -2000.0), jnp.float64(1e-14), (x, y))
+    assert float(info.residual) <= 1e-7

@@ -530,3 +530,66 @@ def test_flax_state_as_params(tmp_path):
     assert 0.5 * float(jnp.mean((reached - ridge().valid[1]) ** 2)) == pytest.approx(
         result.best.value, rel=1e-12
     )
+
+
+# --- Without a method -----------------------------------------------------------------------------------
+
+
+def whole(arrays, n):
+    return jax.tree.map(lambda x: np.stack([x] * n), arrays)
+
+
+DATA = ridge().train
+FROM_START = dataclasses.replace(RIDGE, start=lambda h, batch, key: jnp.zeros(20) + 0 * h)
+MAP = bilevel.FixedPoint(lambda w, h, batch: w - 0.25 * jax.grad(RIDGE.inner)(w, h, batch), outer=RIDGE.outer)
+
+
+@pytest.mark.parametrize(
+    ("problem", "train", "name"),
+    [
+        (RIDGE, DATA, "DEFAULT_METHOD"),
+        (RIDGE, bilevel.minibatches(DATA, 4), "DEFAULT_SAMPLED"),
+        (RIDGE, [DATA] * 2000, "DEFAULT_SAMPLED"),
+        (RIDGE, bilevel.stacked(whole(DATA, 7)), "DEFAULT_SAMPLED"),
+        (FROM_START, DATA, "DEFAULT_FROM_START"),
+        (FROM_START, bilevel.stacked(whole(DATA, 7)), "DEFAULT_FROM_START"),
+        (MAP, DATA, "DEFAULT_FIXED_POINT"),
+        (MAP, bilevel.minibatches(DATA, 4), "DEFAULT_FIXED_POINT"),
+    ],
+)
+def test_each_kind_of_problem_and_data_has_a_default(problem, train, name):
+    module = sys.modules["bilevel.optimize"]
+    train = iter(train) if isinstance(train, list) else train
+    method = module.default_method(problem, train)
+    if isinstance(train, bilevel.data.Stacked):
+        assert method == dataclasses.replace(getattr(module, name), inner_steps=7)
+    else:
+        assert method is getattr(module, name)
+    start = ridge().value_at(np.zeros(20))
+    result = run(problem, train=train, method=None, steps=40)
+    assert result.status == Status.BUDGET
+    assert ridge().value_at(result.params) < start
+
+
+def test_default_of_model_state_is_that_whose_inner_steps_advance_it():
+    module = sys.modules["bilevel.optimize"]
+    problem = bilevel.Problem(
+        inner=lambda w, h, b, state: (RIDGE.inner(w, h, b), state + 1),
+        outer=lambda w, h, b, state: RIDGE.outer(w, h, b),
+        has_state=True,
+    )
+    assert module.default_method(problem, DATA) is module.DEFAULT_SAMPLED
+    result = run(problem, method=None, steps=3, model_state=np.zeros(()))
+    assert result.model_state == 60
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("log_l2", [-8.0, 1.0])
+def test_the_default_finds_the_optimum_from_afar(log_l2, dtype):
+    lowest = min(ridge().value(h) for h in np.linspace(-6, 1, 2001))
+    args = np.zeros(20), log_l2, ridge().train, ridge().valid
+    result = run(RIDGE, *jax.tree.map(lambda x: np.asarray(x, dtype), args), method=None, steps=400)
+    assert result.status == Status.BUDGET
+    reached = ridge().value(float(result.hparams))
+    assert reached <= 1.001 * lowest
+    np.testing.assert_allclose(result.history["value"][-1], reached, rtol=1e-3)
