@@ -37,8 +37,11 @@ format: $(VENV)/.installed ## Rewrite the code in the project's format
 	$(VENV)/bin/ruff format .
 
 .PHONY: bench
-bench: $(VENV)/.installed-bench ## Run the quick benchmarks
+bench: $(VENV)/.installed-bench ## Run the quick benchmarks and a small study
 	$(VENV)/bin/python -m benchmarks
+	rm -rf benchmarks/results/quick
+	$(VENV)/bin/python -m benchmarks study --problems ridge logistic kfold --seeds 0 --seconds 1 --out benchmarks/results/quick
+	$(VENV)/bin/python -m benchmarks report benchmarks/results/quick
 
 .PHONY: test-newest
 test-newest: $(NEWEST)/.installed ## Run the tests on the newest Python found (3.12 or later)
