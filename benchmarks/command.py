@@ -114,7 +114,7 @@ def _command(name: str, args: argparse.Namespace, out: Path) -> list[str]:
         "--problems", *request.problems,
         "--arms", *request.arms,
         "--seeds", *map(str, request.seeds),
-        "--seconds", f"{args.seconds:g}",
+        "--seconds", repr(args.seconds),
         "--workers", str(args.workers),
         "--out", str(out),
     ]  # fmt: skip

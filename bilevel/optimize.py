@@ -41,8 +41,8 @@ def _outer(first: float, scale: int) -> optax.GradientTransformation:
     return optax.adam(lambda t: first / jnp.sqrt(1 + t / scale), b1=0.8, b2=0.9)
 
 
-# Each choice is measured by `python -m benchmarks default_method`. Newton steps need no rate and follow the
-# solution within a few per cent; both systems are solved as far as hypergradients profit from.
+# Measured, with other choices, by `python -m benchmarks default_method`. Newton steps need no rate and follow
+# the solution within a few per cent; both systems are solved as far as hypergradients profit from.
 DEFAULT_METHOD = alternating(
     implicit(cg(max_steps=50, tol=0.03)),
     inner=newton_cg(max_steps=1, atol=0.0, cg_steps=50, rtol=0.1),
@@ -119,10 +119,11 @@ def optimize(
       train: training data: a pytree of arrays (used whole), `minibatches`, `stacked`, `with_rng`, any Python
         iterable of batches, or `episodes`.
       valid: validation data, likewise (not `stacked`); None with `episodes`, which hold both.
-      method: default `alternating` with implicit gradients, which needs no tuning: with whole arrays one
-        Newton step by conjugate gradients and one bold, slowly falling Adam step per outer step; with
-        batches or model state 20 Adam steps and smaller outer ones; with a ``start`` the same, unrolled; for
-        a fixed point 20 applications of the map.
+      method: default `alternating` with implicit gradients. With whole arrays it needs no tuning: one Newton
+        step by conjugate gradients and one bold, slowly falling Adam step per outer step. With batches or
+        model state 20 Adam steps of 0.01 (one for each batch of a stack) and smaller outer ones, with a
+        ``start`` the same, unrolled: these suit params of order one; else give a method with the optimiser
+        that you train with. For a fixed point 20 applications of the map.
       steps: outer steps.
       key: PRNG key of the run; default ``jax.random.key(0)``.
       mesh: devices to place data on.

@@ -201,6 +201,7 @@ def test_a_fixed_point_has_no_loss_to_minimise():
         (lambda: newton(damping=-1.0), ValueError, "damping"),
         (lambda: newton_cg(cg_steps=0), ValueError, "cg_steps must be at least 1"),
         (lambda: newton_cg(rtol=-1.0), ValueError, "rtol"),
+        (lambda: newton_cg(rtol=1.0), ValueError, "rtol must be below 1, got 1.0"),
         (lambda: epoch_sgd(0.0, 1.0), ValueError, "step_size must be a positive number"),
         (lambda: epoch_sgd(0.1, 1.0, epochs=40), ValueError, "Take fewer"),
         (lambda: picard(atol="x"), TypeError, "atol must be a number"),
@@ -346,10 +347,34 @@ def test_newton_cg_backtracks_where_whole_steps_overshoot():
         inner=lambda w, h, batch: jnp.sum(jnp.sqrt(1 + (w - batch) ** 2)) + 0 * h,
         outer=lambda w, h, batch: jnp.sum(w),
     )
-    for far in (3.0, 1e3):
+    for far in (1.0, 3.0, 1e3):
         w, info = solve(newton_cg(200, 1e-12), problem, jnp.full(3, far), jnp.float64(0.0), jnp.arange(3.0))
         assert float(info.residual) <= 1e-12
         np.testing.assert_allclose(w, np.arange(3), atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("inner", "start"),
+    [
+        (lambda w, h, b: jnp.sum(jnp.abs(w) ** 1.5), [3.0, -1.0]),  # Newton steps flip the sign
+        (lambda w, h, b: jnp.sum(jnp.logaddexp(0, -20 * w) + 1e-3 * w), [-40.0, -1.0]),  # no curvature
+        (lambda w, h, b: jnp.sum(jnp.logaddexp(0, -10 * w) + 1e-3 * w), [-5.0, 1.0]),  # hardly any
+        (lambda w, h, b: jnp.sum(jax.nn.relu(1 - w)) + 1e-3 * jnp.sum(w**2), [-3.0, -7.0]),
+    ],
+)
+def test_newton_cg_moves_where_the_curvature_says_nothing(inner, start):
+    problem = bilevel.Problem(inner=inner, outer=lambda w, h, b: jnp.sum(w))
+    before = inner(jnp.asarray(start), 0.0, None)
+    w, info = solve(newton_cg(100, 1e-9), problem, jnp.asarray(start), jnp.float64(0.0), jnp.zeros(1))
+    assert inner(w, 0.0, None) < 0.1 * before
+    assert int(info.steps) > 0
+
+
+def test_newton_cg_ends_where_rounding_allows_no_more():
+    # With no tolerance it must neither go on for ever nor take steps that change nothing.
+    w, info = solve(newton_cg(1000, 0.0), RIDGE, jnp.zeros(20), jnp.float64(0.0), ridge().train)
+    assert int(info.steps) < 30
+    np.testing.assert_allclose(w, ridge().solution(0.0), atol=1e-13)
 
 
 def test_newton_refuses_what_does_not_fit():

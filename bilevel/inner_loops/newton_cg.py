@@ -5,8 +5,9 @@ At params w with gradient g and Hessian H, the step solves the Newton system onl
     |H x + g| <= rtol |g|,    x by conjugate gradients from zero, at most cg_steps of them            (1)
     w <- w + x / 4^k,         the first k = 0, 1, ... with sufficient decrease                       (2)
 
-CG ends at a direction of negative curvature with what it has; at the very first one the step goes along -g,
-as far as if the curvature had the other sign: always downhill, also where the loss is not convex.
+CG ends at a direction without positive curvature with what it has; at the very first one the step goes along
+-g, as far as if the curvature had the other sign: always downhill, also where the loss is not convex. No
+trial is longer than 1,000 max(1, |w|), which matters only where the loss is all but flat.
 
 Each step costs one gradient and a product with H per CG step, and a further gradient for each trial that is
 turned down; five vectors of memory. The error falls by about rtol per step near the solution.
@@ -28,8 +29,10 @@ from bilevel.inner_loops.measured import check_atol, loss_of, needs_a_loss, size
 from bilevel.problem import Draw, Point, PyTree, SolveInfo
 from bilevel.vectors import axpy, vdot, where
 
-# A trial step is divided by four at most so often.
+# A trial step is divided by four at most so often ...
 _CUTS = 12
+# ... and at first at most so many times as long as params.
+_LONGEST = 1e3
 
 
 class _Search(NamedTuple):
@@ -55,6 +58,7 @@ class _Direction(NamedTuple):
     direction: PyTree
     rr: jax.Array
     steps: jax.Array
+    ended: jax.Array
     negative: jax.Array
 
 
@@ -87,12 +91,13 @@ class NewtonCG:
             size = jnp.where(jnp.isfinite(value), size_of_gradient(grad), jnp.inf)
             # Sufficient decrease of the loss; where that drowns in its rounding, of the gradient.
             noise = 30 * jnp.finfo(value.dtype).eps * jnp.abs(at.value)
-            lower = value <= at.value + 1e-4 * fraction * at.slope
-            shorter = (value <= at.value + noise) & (size <= at.size)
+            drowns = -fraction * at.slope <= noise
+            lower = (value <= at.value + 1e-4 * fraction * at.slope) & (value < at.value)
+            shorter = drowns & (value <= at.value + noise) & (size < at.size)
             accept = first | ((lower | shorter) & jnp.isfinite(size))
             steps = jnp.where(accept & ~first, at.steps + 1, at.steps)
             small = accept & ((size <= atol) | ~jnp.isfinite(size) | (steps >= self.max_steps))
-            done = small | (~accept & (at.cuts >= _CUTS))
+            done = small | (~accept & (drowns | (at.cuts >= _CUTS)))
             again = accept & ~done
             found = self._direction(loss, trial, grad, again)
             return _Search(
@@ -121,26 +126,47 @@ class NewtonCG:
         """Eq. (1); no step where it is not wanted."""
         gg = vdot(grad, grad)
         target = self.rtol**2 * gg
+        longest = _LONGEST * jnp.maximum(1, jnp.sqrt(vdot(params, params))).astype(gg.dtype)
 
         def going(at):
-            return wanted & (at.steps < self.cg_steps) & (at.rr > target) & ~at.negative
+            return wanted & (at.steps < self.cg_steps) & (at.rr > target) & ~at.ended
 
         def step(at):
             hd = jax.jvp(jax.grad(loss), (params,), (at.direction,))[1]
             curvature = vdot(at.direction, hd)
-            negative = ~(curvature > 0)
+            ended = ~(curvature > 0)
             # Downhill along the gradient where the very first direction bends down, as far as if it bent up.
-            usable = jnp.where(negative & (at.steps == 0), jnp.abs(curvature), curvature)
+            first = at.steps == 0
+            usable = jnp.where(first, jnp.abs(curvature), curvature)
             alpha = jnp.where(usable > 0, at.rr / jnp.where(usable > 0, usable, 1), 0)
+            most = longest / jnp.sqrt(at.rr)
+            alpha = jnp.where(first & ended & ((usable == 0) | (alpha > most)), most, alpha)
             r = axpy(-alpha, hd, at.residual)
             rr = vdot(r, r)
-            direction = axpy(rr / at.rr, at.direction, r)
-            return _Direction(axpy(alpha, at.direction, at.x), r, direction, rr, at.steps + 1, negative)
+            x = axpy(alpha, at.direction, at.x)
+            length = vdot(x, x)
+            kept = jnp.isfinite(rr) & jnp.isfinite(length)  # else the system is singular to rounding
+            return _Direction(
+                x=where(kept, x, at.x),
+                residual=r,
+                direction=axpy(rr / at.rr, at.direction, r),
+                rr=rr,
+                steps=at.steps + 1,
+                ended=ended | ~kept | (length > longest**2),
+                negative=curvature < 0,
+            )
 
         minus = jax.tree.map(jnp.negative, grad)
         nothing = jax.tree.map(jnp.zeros_like, grad)
-        start = _Direction(nothing, minus, minus, gg, jnp.int32(0), jnp.bool_(False))
-        return jax.lax.while_loop(going, step, start)
+        no = jnp.bool_(False)
+        end = jax.lax.while_loop(going, step, _Direction(nothing, minus, minus, gg, jnp.int32(0), no, no))
+        # What rounding has turned uphill is replaced by the gradient.
+        downhill = vdot(grad, end.x) < 0
+        x = where(downhill, end.x, minus)
+        length = jnp.sqrt(vdot(x, x))
+        factor = longest / jnp.where(length > 0, length, 1)
+        factor = jnp.where(downhill, jnp.minimum(1, factor), factor)
+        return end._replace(x=jax.tree.map(lambda x: (factor * x).astype(x.dtype), x))
 
 
 def newton_cg(
@@ -165,9 +191,12 @@ def newton_cg(
     References:
       Nocedal and Wright, "Numerical optimization", 2006, section 7.1.
     """
+    rtol = validation.number("rtol", rtol, minimum=0.0)
+    if rtol >= 1:
+        raise ValueError(f"rtol must be below 1, got {rtol}: a step that solves nothing leads nowhere.")
     return NewtonCG(
         validation.whole_number("max_steps", max_steps, 1),
         check_atol(atol),
         validation.whole_number("cg_steps", cg_steps, 1),
-        validation.number("rtol", rtol, minimum=0.0),
+        rtol,
     )
