@@ -20,6 +20,7 @@ from bilevel.lift import lift
 from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd
 from bilevel.methods.alternating import alternating
 from bilevel.optimize import optimize
+from bilevel.parallel import pmean
 from bilevel.problem import (
     Counts,
     Estimate,
@@ -81,6 +82,7 @@ __all__ = [
     "optax_loop",
     "optimize",
     "picard",
+    "pmean",
     "positive",
     "real",
     "sgd",

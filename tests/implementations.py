@@ -316,6 +316,7 @@ OTHER = {
     *("accelerated", "epoch_sgd", "lbfgs", "newton", "newton_cg", "optax_loop", "picard"),
     *("Problem", "FixedPoint", "composite", "lift", "hypergradient", "optimize", "load", "argmin"),
     "check_hypergradient",
+    "pmean",
     *(
         "Best",
         "Result",
