@@ -18,7 +18,7 @@ from bilevel import validation
 from bilevel.gmres import gmres
 from bilevel.nystrom import nystrom
 from bilevel.problem import Preconditioner, PyTree, SolveInfo
-from bilevel.vectors import axpy, cast, norm, scaled, size_of, threshold, unit_of, vdot, where, widened
+from bilevel.vectors import axpy, cast, norm, size_of, threshold, vdot, where, widened
 
 __all__ = ["axpy", "cg", "dense", "gmres", "neumann", "norm", "nystrom", "sgd", "vdot", "where"]
 
@@ -69,11 +69,9 @@ class CG:
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
         """``(A + damping I) x = b`` from the last solution; ``rtol``, ``atol`` replace the settings."""
         # In the unit of b: squares of very small or large numbers leave the range of their dtype.
-        unit = unit_of(b)
-        b, warm = scaled(b, 1 / unit), scaled(state.x, 1 / unit)
         bb = vdot(b, b)
         rtol, atol = self.tol if rtol is None else rtol, self.atol if atol is None else atol
-        target = threshold(bb, rtol, atol / unit)
+        target = threshold(bb, rtol, atol)
 
         def product(v):
             return axpy(self.damping, v, matvec(v)) if self.damping else matvec(v)
@@ -114,16 +112,15 @@ class CG:
 
         cold = jax.tree.map(jnp.zeros_like, b)
         rr = bb if self.preconditioner else None
-        slope = vdot(b, warm)
+        slope = vdot(b, state.x)
         usable = jnp.isfinite(slope)  # a start that is not finite is dropped
-        direction, rz = where(usable, warm, cold), jnp.where(usable, slope, 0)
+        direction, rz = where(usable, state.x, cold), jnp.where(usable, slope, 0)
         start = _CGLoop(cold, b, direction, rz, rr, jnp.int32(-1), jnp.bool_(False))
         end = jax.lax.while_loop(going, step, start)
-        residual = jnp.sqrt(end.rz if end.rr is None else end.rr) * unit
-        x = scaled(end.x, unit)
+        residual = jnp.sqrt(end.rz if end.rr is None else end.rr)
         spent = preconditioner.products if isinstance(preconditioner, Counted) else 0
         info = SolveInfo(residual, end.steps, end.steps + 1 + spent, end.negative_curvature)
-        return x, CGState(x, preconditioner), info
+        return end.x, CGState(end.x, preconditioner), info
 
 
 def cg(

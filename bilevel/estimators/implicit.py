@@ -42,7 +42,6 @@ from bilevel.problem import (
     outer_value,
     updated,
 )
-from bilevel.vectors import scaled, unit_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +81,8 @@ class Implicit:
         if isinstance(problem, FixedPoint):  # its matrix is not symmetric: definiteness says nothing
             solve = solve._replace(negative_curvature=jnp.bool_(False))
         hv, cross = both(v)
-        # In the unit of b: squares of very small or large numbers leave the range of their dtype.
-        unit = unit_of(b)
-        b_norm = norm(scaled(b, 1 / unit))
-        left = norm(scaled(axpy(-1.0, hv, b), 1 / unit))
+        b_norm = norm(b)
+        left = norm(axpy(-1.0, hv, b))
         # What the solver found to be no number is none here, even where its answer hides it.
         left = jnp.where(jnp.isnan(solve.residual), jnp.nan, left)
         batch = draw.last
@@ -102,7 +99,7 @@ class Implicit:
                 hvp=(solve.products * train_rows).astype(jnp.float32),
                 cross=jnp.float32(train_rows),
             ),
-            solve=solve._replace(residual=left * unit),
+            solve=solve._replace(residual=left),
             metrics=metrics,
             error_kind=RESIDUAL,
         )
