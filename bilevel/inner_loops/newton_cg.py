@@ -136,11 +136,8 @@ class NewtonCG:
             curvature = vdot(at.direction, hd)
             ended = ~(curvature > 0)
             # Downhill along the gradient where the very first direction bends down, as far as if it bent up.
-            first = at.steps == 0
-            usable = jnp.where(first, jnp.abs(curvature), curvature)
+            usable = jnp.where(at.steps == 0, jnp.abs(curvature), curvature)
             alpha = jnp.where(usable > 0, at.rr / jnp.where(usable > 0, usable, 1), 0)
-            most = longest / jnp.sqrt(at.rr)
-            alpha = jnp.where(first & ended & ((usable == 0) | (alpha > most)), most, alpha)
             r = axpy(-alpha, hd, at.residual)
             rr = vdot(r, r)
             x = axpy(alpha, at.direction, at.x)
@@ -160,7 +157,7 @@ class NewtonCG:
         nothing = jax.tree.map(jnp.zeros_like, grad)
         no = jnp.bool_(False)
         end = jax.lax.while_loop(going, step, _Direction(nothing, minus, minus, gg, jnp.int32(0), no, no))
-        # What rounding has turned uphill is replaced by the gradient.
+        # The gradient replaces no step at all, and one that rounding has turned uphill.
         downhill = vdot(grad, end.x) < 0
         x = where(downhill, end.x, minus)
         length = jnp.sqrt(vdot(x, x))
