@@ -17,6 +17,7 @@ NAMES = (
     "cg_steps",
     "tuned_rates",
     "memory",
+    "communication",
 )
 # Minutes each; run by name only.
 LONG = ("default_method",)

@@ -34,8 +34,8 @@ from benchmarks import by_hand
 from benchmarks.measure import interleaved, ratio, table, verdict
 from benchmarks.problems import PROBLEMS, Task
 from benchmarks.runner import judged
+from bilevel.defaults import DEFAULT_METHOD
 from bilevel.inner_loops import newton_cg
-from bilevel.optimize import DEFAULT_METHOD
 
 TIMED = ("cleaning", "logistic")
 SEEDS = 3

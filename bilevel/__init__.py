@@ -2,6 +2,7 @@
 
 from bilevel.argmin import argmin
 from bilevel.check import HypergradientCheck, check_hypergradient
+from bilevel.checkpoint import checkpoints
 from bilevel.constraints import box, fixed, integer, interval, positive, real, simplex
 from bilevel.data import episodes, minibatches, stacked, with_rng
 from bilevel.estimators.forward import forward
@@ -18,9 +19,11 @@ from bilevel.inner_loops.picard import picard
 from bilevel.inner_solvers import tuned
 from bilevel.lift import lift
 from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd
+from bilevel.memory import Memory, memory
 from bilevel.methods.alternating import alternating
 from bilevel.optimize import optimize
 from bilevel.parallel import pmean
+from bilevel.populations import population
 from bilevel.problem import (
     Counts,
     Estimate,
@@ -33,7 +36,8 @@ from bilevel.problem import (
     Status,
     composite,
 )
-from bilevel.result import Best, Result, Trajectory, load
+from bilevel.result import Best, Members, Result, Trajectory
+from bilevel.result_file import load
 from bilevel.run import STOP
 
 __version__ = "0.1.0"
@@ -46,6 +50,8 @@ __all__ = [
     "FixedPoint",
     "HypergradientCheck",
     "Info",
+    "Members",
+    "Memory",
     "Point",
     "Problem",
     "Result",
@@ -59,6 +65,7 @@ __all__ = [
     "box",
     "cg",
     "check_hypergradient",
+    "checkpoints",
     "composite",
     "dense",
     "episodes",
@@ -73,6 +80,7 @@ __all__ = [
     "lbfgs",
     "lift",
     "load",
+    "memory",
     "minibatches",
     "neumann",
     "newton",
@@ -83,6 +91,7 @@ __all__ = [
     "optimize",
     "picard",
     "pmean",
+    "population",
     "positive",
     "real",
     "sgd",

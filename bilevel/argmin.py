@@ -35,6 +35,7 @@ from bilevel.constraints import bind
 from bilevel.inner_loops.lbfgs import lbfgs
 from bilevel.inner_loops.picard import picard
 from bilevel.linear_solvers import cg, gmres
+from bilevel.placement import refuse_explicit
 from bilevel.problem import (
     Batch,
     Draw,
@@ -121,6 +122,7 @@ def argmin(
     solution = _differentiable(problem, solver, linear_solver)
 
     def solve(hparams: HParams, batch: Batch, init: Params, key=None) -> Params:
+        refuse_explicit(hparams=hparams, batch=batch, init=init)
         hparams = validation.floating(hparams, "hparams")
         init = validation.floating(init, "init")
         validation.finite(hparams, "hparams")

@@ -1,181 +1,359 @@
-"""Pytrees of arrays on disk: one zip file of plain ``.npy`` members and a JSON manifest, no pickle.
-
-Files appear whole or not at all (written aside, flushed, renamed). Dicts, lists, tuples and None are
-restored as they were; any other container (a NamedTuple, a flax State, a dataclass) comes back through
-``like``, a tree of the same structure.
-"""
+"""Checkpoints of a run: a folder that one run owns, its newest files, and whose run they are."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import dataclasses
+import errno
 import os
+import platform
+import re
 import secrets
-import zipfile
+import sys
+import warnings
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
+import optax
 
-from bilevel.problem import PyTree
+from bilevel import archive
+from bilevel.validation import flag, whole_number
 
-_FORMAT, _VERSION = "bilevel", 1
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
-
-class MissingFileError(FileNotFoundError, ValueError):
-    """A path that names no file."""
-
-
-def write(path: str | os.PathLike, trees: dict[str, PyTree], meta: dict) -> None:
-    """Write named trees of arrays, and metadata that JSON can hold.
-
-    Args:
-      path: of the file to write; its folder must exist.
-      trees: pytrees of arrays (typed PRNG keys and bfloat16 included), by name.
-      meta: whatever JSON can hold.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"path: the folder {path.parent} does not exist; create it first.")
-    arrays: list[np.ndarray] = []
-    dtypes: list[str] = []
-
-    def put(leaf) -> int:
-        array, dtype = _to_numpy(leaf)
-        arrays.append(array)
-        dtypes.append(dtype)
-        return len(arrays) - 1
-
-    layout = {name: _encode(tree, put) for name, tree in trees.items()}
-    manifest = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "trees": layout,
-        "dtypes": dtypes,
-        "meta": meta,
-    }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("manifest.json", json.dumps(manifest))
-                for i, array in enumerate(arrays):
-                    with archive.open(f"{i}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+_STEP = re.compile(r"step-(\d{8,})\.npz")
+_TEMPORARY = re.compile(r"\.step-\d{8,}\.npz\.[0-9a-f]{8}\.tmp")
+_LOCK = "lock"
 
 
-def read(path: str | os.PathLike, like: dict[str, PyTree] | None = None) -> tuple[dict, dict]:
-    """The named trees (numpy arrays; PRNG keys as keys) and the metadata of a file.
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """See `checkpoints`."""
+
+    path: str
+    every: int = 50
+    keep: int = 3
+    reread: bool = False
+
+
+def checkpoints(path: str | os.PathLike, every: int = 50, keep: int = 3, reread: bool = False) -> Checkpoints:
+    """Where and how often a run writes down everything that it needs to go on.
 
     Args:
-      path: of a file written by `write`.
-      like: trees of the same structure, by name, for containers other than dict, list, tuple, None.
+      path: of a folder, which is created where it is missing. One run at a time may use it.
+      every: outer steps between checkpoints.
+      keep: how many of the newest files stay; older ones are removed.
+      reread: iterables that have no ``get_state`` and ``set_state`` of their own are read again from their
+        beginning when a run goes on, and the batches that were taken are skipped; otherwise such an iterable
+        is refused.
 
     Raises:
-      MissingFileError: no such file; ValueError: not such a file, damaged, or another structure.
+      TypeError, ValueError: not a path, not a whole number of at least 1, not True or False.
+
+    Example:
+      >>> import bilevel
+      >>> bilevel.checkpoints("runs/l2", every=100)
+      Checkpoints(path='runs/l2', every=100, keep=3, reread=False)
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"path: there is no file {path}.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            manifest = json.loads(archive.read("manifest.json"))
-            if manifest["format"] != _FORMAT or manifest["version"] > _VERSION:
-                raise ValueError("another format or a newer version")
-            layouts, meta = dict(manifest["trees"]), dict(manifest["meta"])
-            leaves = []
-            for i, dtype in enumerate(manifest["dtypes"]):
-                with archive.open(f"{i}.npy") as member:
-                    array = np.lib.format.read_array(member, allow_pickle=False)
-                leaves.append(_from_numpy(array, dtype))
-            _check(layouts, len(leaves))
-    except (zipfile.BadZipFile, KeyError, IndexError, ValueError, EOFError, TypeError) as error:
+    return Checkpoints(
+        _path("path", path),
+        whole_number("every", every, 1),
+        whole_number("keep", keep, 1),
+        flag("reread", reread),
+    )
+
+
+def as_checkpoints(value: str | os.PathLike | Checkpoints) -> Checkpoints:
+    """What a user passes as ``checkpoint=``: a path, or `checkpoints` with settings.
+
+    Raises:
+      TypeError: neither of the two.
+    """
+    if isinstance(value, Checkpoints):
+        return value
+    return checkpoints(_path("checkpoint", value, " or bilevel.checkpoints(path, ...)"))
+
+
+def _path(name: str, value, other: str = "") -> str:
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be the path of a folder{other}, got {value!r}.")
+    if not text:
+        raise ValueError(f"{name} must be the path of a folder{other}, got an empty one.")
+    return text
+
+
+# --- The folder --------------------------------------------------------------------------------------------
+
+
+class Folder:
+    """The folder of checkpoints while a run owns it: a context manager.
+
+    Files are ``step-00000050.npz``. Another run, in this process or another, cannot open the folder before
+    this one has closed it or its process has ended, in whatever way. What else lies in the folder is left
+    alone.
+
+    Args:
+      settings: from `checkpoints`.
+
+    Raises:
+      ValueError, when it is entered: the path is a file, cannot be created, cannot be written to, or is in
+        use by another run.
+    """
+
+    def __init__(self, settings: Checkpoints):
+        self.path = Path(settings.path)
+        self.keep = settings.keep
+        self._lock: int | None = None
+
+    def __enter__(self) -> Folder:
+        self._create()
+        self._lock = self._locked()
+        try:
+            for name in self._names(_TEMPORARY):  # of a run that was killed while it wrote
+                (self.path / name).unlink(missing_ok=True)
+            self._try_to_write()
+        except OSError as error:
+            self.__exit__()
+            raise ValueError(self._unwritable(error)) from error
+        return self
+
+    def __exit__(self, *raised) -> None:
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._lock, 0)
+                _unlock(self._lock)
+            os.close(self._lock)
+            self._lock = None
+
+    def newest(self) -> tuple[bytes, Path] | None:
+        """The content and path of the newest file that is whole, None where there are no files.
+
+        A newer file that is damaged is renamed to ``damaged-step-....npz``, with a RuntimeWarning.
+
+        Raises:
+          ValueError: there are files, and all are damaged.
+        """
+        damaged: dict[Path, str] = {}
+        for path in reversed(self._steps().values()):
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                damaged[path] = f"cannot be read ({_reason(error)})"
+                continue
+            if archive.intact(content):
+                for other, what in damaged.items():
+                    self._put_aside(other, what, path)
+                return content, path
+            damaged[path] = "is damaged"
+        if damaged:
+            count = "the only checkpoint is" if len(damaged) == 1 else f"all {len(damaged)} checkpoints are"
+            each = ", ".join(f"{path.name} {what}" for path, what in damaged.items())
+            raise ValueError(
+                f"checkpoint: {count} damaged in {self.path} ({each}). Move the folder away to begin anew."
+            )
+        return None
+
+    def write(self, step: int, trees: dict, meta: dict) -> str | None:
+        """Write the file of a step and remove the oldest ones; where it fails, a sentence that says why.
+
+        A failure leaves the files that are there as they are, and a folder that is gone is not made again.
+        Files of later steps are renamed to ``stale-step-....npz``: this run has gone back behind them, and
+        the next one would take them for the newest.
+        """
+        path = self.path / f"step-{step:08}.npz"
+        try:
+            archive.write(path, trees, meta)
+        except OSError as error:
+            gone = isinstance(error, archive.MissingFileError)
+            reason = "the folder is no longer there" if gone else _reason(error)
+            return f"The checkpoint of step {step} could not be written to {path}: {reason}."
+        with contextlib.suppress(OSError):
+            steps = self._steps()
+            for later in [s for s in steps if s > step]:
+                os.rename(steps[later], _free(self.path, f"stale-step-{later:08}"))
+                del steps[later]
+            for old in list(steps)[: -self.keep]:
+                steps[old].unlink(missing_ok=True)
+        return None
+
+    def _create(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            if os.path.isfile(self.path):
+                raise ValueError(
+                    f"checkpoint: {self.path} is a file, and checkpoints go into a folder; give a folder."
+                ) from None
+            reason = _reason(error) if isinstance(error, OSError) else error
+            raise ValueError(f"checkpoint: the folder {self.path} cannot be created: {reason}.") from error
+
+    def _locked(self) -> int:
+        """The open lock file of the folder."""
+        path = self.path / _LOCK
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ValueError(self._unwritable(error)) from error
+        try:
+            holder = os.read(file, 32).decode(errors="replace").strip()
+            if holder and not holder.isdecimal():
+                raise ValueError(
+                    f"checkpoint: {path} was not written by a run, and a run needs a file of that name; give "
+                    "another folder."
+                )
+            try:
+                _lock(file)
+            except BlockingIOError:
+                who = "this process" if holder == str(os.getpid()) else f"process {holder or 'unknown'}"
+                raise ValueError(
+                    f"checkpoint: {self.path} is in use by another run, of {who}. Give another folder, or "
+                    "wait until that run has ended."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                warnings.warn(
+                    f"checkpoint: the file system of {self.path} has no locks; nothing keeps another run out "
+                    "of that folder.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            os.ftruncate(file, 0)
+            os.lseek(file, 0, os.SEEK_SET)
+            os.write(file, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            os.close(file)
+            raise ValueError(self._unwritable(error)) from error
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def _try_to_write(self) -> None:
+        trial = self.path / f".step-{0:08}.npz.{secrets.token_hex(4)}.tmp"
+        try:
+            trial.write_bytes(b"0")
+        finally:
+            trial.unlink(missing_ok=True)
+
+    def _unwritable(self, error: OSError) -> str:
+        return f"checkpoint: the folder {self.path} cannot be written to: {_reason(error)}."
+
+    def _names(self, pattern: re.Pattern) -> list[str]:
+        return [name for name in os.listdir(self.path) if pattern.fullmatch(name)]
+
+    def _steps(self) -> dict[int, Path]:
+        """The files by step, oldest first."""
+        numbers = ((int(name[len("step-") : -len(".npz")]), name) for name in self._names(_STEP))
+        return {number: self.path / name for number, name in sorted(numbers)}
+
+    def _put_aside(self, path: Path, what: str, taken: Path) -> None:
+        kept = ""
+        with contextlib.suppress(OSError):
+            aside = _free(self.path, f"damaged-{path.stem}")
+            os.rename(path, aside)
+            kept = f" (it is kept as {aside.name})"
+        step = int(taken.stem.removeprefix("step-"))
+        warnings.warn(
+            f"checkpoint: {path} {what}{kept}; going on from step {step}, {taken.name}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _free(folder: Path, stem: str) -> Path:
+    """A path in the folder that names no file yet."""
+    path, number = folder / f"{stem}.npz", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.npz"
+    return path
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _lock(file: int) -> None:
+    """Lock an open file for as long as it is open; BlockingIOError where another one has locked it."""
+    if sys.platform == "win32":
+        os.lseek(file, 1 << 30, os.SEEK_SET)  # the locked byte cannot be read, the number before it can
+        try:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError from error
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unlock(file: int) -> None:
+    # Explicitly: processes forked meanwhile have the file open too.
+    if sys.platform == "win32":
+        os.lseek(file, 1 << 30, os.SEEK_SET)
+        msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+# --- The same run ------------------------------------------------------------------------------------------
+
+
+def check_same_run(stored: dict, mine: dict, where: str | os.PathLike) -> None:
+    """Raise unless the checkpoint at ``where`` is of this run.
+
+    Args:
+      stored: fingerprints in the checkpoint: digests by name ("program", "key", "params", ...), and
+        "versions", as `versions` gives them.
+      mine: those of this run.
+      where: path of the checkpoint, for messages.
+
+    Raises:
+      ValueError: what the run begins with or learns from differs, or its program does although all versions
+        are the same. Where versions differ as well the program may be the same to the user: RuntimeWarning.
+    """
+    names = list(dict.fromkeys([*mine, *stored]))
+    differ = [name for name in names if name != "versions" and stored.get(name) != mine.get(name)]
+    if not differ:
+        return
+    fix = "Give another folder, or remove this one."
+    inputs = [name for name in differ if name != "program"]
+    if inputs:
+        listed = " and ".join([", ".join(inputs[:-1]), inputs[-1]] if inputs[1:] else inputs)
+        verb = "differ" if inputs[1:] or inputs[0].endswith("params") else "differs"
+        raise ValueError(f"checkpoint: {where} holds another run: {listed} {verb}. {fix}")
+    there, here = stored.get("versions") or {}, mine.get("versions") or {}
+    if there == here:
         raise ValueError(
-            f"path: {path} is not a file that bilevel wrote, or it is damaged ({error})."
-        ) from error
-    like = like or {}
-    trees = {name: _decode(layout, leaves, like.get(name), name) for name, layout in layouts.items()}
-    return trees, meta
+            f"checkpoint: {where} holds another run: the method, the problem's losses or a setting inside "
+            f"them differ. {fix}"
+        )
+    warnings.warn(
+        f"checkpoint: {where} was written with {_listed(there)}, and this is {_listed(here)}. The program of "
+        "the outer step differs, as it may between versions; going on as the same run.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
-def _check(layout, leaves: int) -> None:
-    """The layouts of a manifest refer to leaves that are there."""
-    if isinstance(layout, dict) and "is" in layout:
-        if layout["is"] not in ("dict", "list", "tuple", "other"):
-            raise ValueError(f"a container of kind {layout['is']!r}")
-        layout = layout["leaves"] if layout["is"] == "other" else layout["of"]
-    if isinstance(layout, (dict, list)):
-        for child in layout.values() if isinstance(layout, dict) else layout:
-            _check(child, leaves)
-    elif layout is not None and not (type(layout) is int and 0 <= layout < leaves):
-        raise ValueError("a leaf that is not there")
+def _listed(versions: dict) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown versions"
 
 
-def _to_numpy(leaf) -> tuple[np.ndarray, str]:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return np.asarray(jax.random.key_data(leaf)), f"key:{jax.random.key_impl(leaf)}"
-    array = np.asarray(leaf)
-    if array.dtype.kind == "O":
-        raise TypeError(f"only arrays can be saved, got {leaf!r:.80}.")
-    name = array.dtype.name
-    # The extended floats (bfloat16, float8) have no .npy description.
-    return (array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array), name
+def versions() -> dict[str, str]:
+    """Versions of everything that decides which program a run is."""
+    from bilevel import __version__
 
-
-def _from_numpy(array: np.ndarray, dtype: str):
-    if dtype.startswith("key:"):
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=dtype.removeprefix("key:"))
-    return array if array.dtype.name == dtype else array.view(jnp.dtype(dtype))
-
-
-def _encode(tree: PyTree, put) -> Any:
-    """JSON of the structure; an int is the number of a leaf."""
-    if tree is None:
-        return None
-    if type(tree) in (list, tuple):
-        return {"is": type(tree).__name__, "of": [_encode(child, put) for child in tree]}
-    if type(tree) is dict and all(isinstance(key, str) for key in tree):
-        return {"is": "dict", "of": {key: _encode(child, put) for key, child in tree.items()}}
-    if jax.tree_util.all_leaves([tree]):
-        return put(tree)
-    children = jax.tree.leaves(tree)
-    return {"is": "other", "type": type(tree).__name__, "leaves": [put(leaf) for leaf in children]}
-
-
-def _decode(layout, leaves, like, name: str):
-    if layout is None:
-        return None
-    if isinstance(layout, int):
-        return leaves[layout]
-    if layout["is"] == "other":
-        if like is None:
-            raise ValueError(
-                f"{name} holds a {layout['type']}, which cannot be restored by itself; pass like=, values of "
-                "the same structure."
-            )
-        stored = [leaves[i] for i in layout["leaves"]]
-        treedef: Any = jax.tree.structure(like)
-        if treedef.num_leaves != len(stored):
-            raise ValueError(
-                f"like: {name} has {treedef.num_leaves} leaves there and {len(stored)} in the file."
-            )
-        return jax.tree.unflatten(treedef, stored)
-    if layout["is"] == "dict":
-        of = layout["of"]
-        if like is not None and (not isinstance(like, dict) or set(like) != set(of)):
-            raise ValueError(
-                f"like: {name} is a dict of {sorted(of)} in the file, got {type(like).__name__}."
-            )
-        return {k: _decode(v, leaves, like and like[k], f"{name}[{k!r}]") for k, v in of.items()}
-    of = layout["of"]
-    if like is not None and (not isinstance(like, (list, tuple)) or len(like) != len(of)):
-        raise ValueError(f"like: {name} is a {layout['is']} of {len(of)} in the file.")
-    children = [_decode(v, leaves, like and like[i], f"{name}[{i}]") for i, v in enumerate(of)]
-    return children if layout["is"] == "list" else tuple(children)
+    return {
+        "bilevel": __version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.version.__version__,
+        "numpy": np.__version__,
+        "optax": optax.__version__,
+        "python": platform.python_version(),
+    }

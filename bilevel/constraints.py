@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.trees import spread
+from bilevel.trees import readable, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +298,7 @@ class BoundConstraints:
         """Raise ValueError where a concrete start value is outside its constraint."""
         paths = jax.tree_util.tree_flatten_with_path(hparams)[0]
         for (path, value), constraint in zip(paths, self.leaves, strict=True):
-            if isinstance(value, jax.core.Tracer):
+            if not readable(value):
                 continue
             why = constraint.why_not(np.asarray(value))
             if why:

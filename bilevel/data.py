@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
 
 from bilevel import validation
 from bilevel.problem import Batch, Draw, PyTree, register, static
@@ -97,18 +98,35 @@ class Minibatches:
 
     arrays: PyTree
     batch_size: int = static()
-    strata: int = static(default=1)
+    asked: int | None = static(default=None)
     fixed: bool = static(default=False)
+    # Where each leaf lies, which a tracer does not show.
+    shardings: tuple[NamedSharding | None, ...] = static(default=())
     sampled = True
     restarts = False
     renewed = True
+
+    @property
+    def strata(self) -> int:
+        """Blocks of rows that have a share in each batch: as asked, else one for each shard of the rows."""
+        return self.asked or self._shards
+
+    @property
+    def _shards(self) -> int:
+        return max((_row_shards(sharding) for sharding in self.shardings), default=1)
 
     @property
     def num_batches(self) -> int:
         return (rows(self.arrays) // self.strata) // (self.batch_size // self.strata)
 
     def batch(self, key, t):
-        index = self.index(key, t)
+        batch = self._rows_of(self.index(key, t))
+        if self._shards == 1 or self.batch_size % self._shards:
+            return batch
+        leaves, treedef = jax.tree.flatten(batch)
+        return jax.tree.unflatten(treedef, map(_constrained, leaves, self.shardings))
+
+    def _rows_of(self, index) -> Batch:
         if self.strata == 1:
             return jax.tree.map(lambda array: array[index], self.arrays)
         block = rows(self.arrays) // self.strata
@@ -137,6 +155,17 @@ class Minibatches:
     def whole(self, key):
         del key
         return self.arrays
+
+    def checked(self) -> Minibatches:
+        """The same; ValueError where its batches cannot have a share of each block of rows."""
+        if self.batch_size % self.strata == 0:
+            return self
+        if self.asked:
+            raise ValueError(f"strata must divide batch_size = {self.batch_size}, got {self.strata}.")
+        raise ValueError(
+            f"batch_size must be a multiple of the {self.strata} shards that the rows lie in, got "
+            f"{self.batch_size}. (strata=1 draws from all rows alike, which moves rows between devices.)"
+        )
 
     def __repr__(self) -> str:
         strata = f", strata={self.strata}" if self.strata > 1 else ""
@@ -201,14 +230,42 @@ class WithRng:
         return self.source.whole(key), key
 
 
-def minibatches(arrays, batch_size: int, strata: int = 1, fixed: bool = False) -> Minibatches:
+def _row_shards(sharding: NamedSharding | None) -> int:
+    """How many pieces the leading axis is in."""
+    if sharding is None or not sharding.spec or sharding.spec[0] is None:
+        return 1
+    axes = sharding.spec[0]
+    return math.prod(sharding.mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
+
+
+def _constrained(array, sharding: NamedSharding | None):
+    if sharding is None or AxisType.Explicit in sharding.mesh.axis_types:
+        return array
+    return jax.lax.with_sharding_constraint(array, sharding)
+
+
+def shardings(arrays: PyTree) -> tuple[NamedSharding | None, ...]:
+    """For each leaf where it lies, None for one that lies on one device or nowhere in particular."""
+
+    def where(leaf):
+        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+            return None
+        sharding: Any = leaf.sharding
+        return sharding if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+
+    return tuple(where(leaf) for leaf in jax.tree.leaves(arrays))
+
+
+def minibatches(arrays, batch_size: int, strata: int | None = None, fixed: bool = False) -> Minibatches:
     """Sampled on device: one shuffled pass per epoch, the tail dropped.
 
     Args:
       arrays: a pytree of arrays with the same leading axis, one row per example.
       batch_size: rows in a batch, at most the number of rows.
       strata: draw an equal share of each batch from each of so many contiguous blocks of rows: sampling
-        stays local to devices that hold whole blocks. Rows beyond a multiple of it are left out.
+        stays local to devices that hold whole blocks. Rows beyond a multiple of it are left out. Default:
+        one block for each shard of the rows, so that what is drawn depends on how many there are; a number
+        that fits several meshes draws the same on all of them.
       fixed: every epoch visits the same batches, in shuffled order (for tables kept per batch).
 
     Raises:
@@ -227,10 +284,9 @@ def minibatches(arrays, batch_size: int, strata: int = 1, fixed: bool = False) -
     batch_size = validation.whole_number("batch_size", batch_size, 1)
     if batch_size > n:
         raise ValueError(f"batch_size must be at most the {n} rows of the data, got {batch_size}.")
-    strata = validation.whole_number("strata", strata, 1)
-    if batch_size % strata:
-        raise ValueError(f"strata must divide batch_size = {batch_size}, got {strata}.")
-    return Minibatches(arrays, batch_size, strata, validation.flag("fixed", fixed))
+    asked = None if strata is None else validation.whole_number("strata", strata, 1)
+    fixed = validation.flag("fixed", fixed)
+    return Minibatches(arrays, batch_size, asked, fixed, shardings(arrays)).checked()
 
 
 def stacked(batches) -> Stacked:
@@ -326,7 +382,7 @@ def as_arrays(data, name: str) -> PyTree:
     def convert(path, leaf):
         where = name + jax.tree_util.keystr(path)
         array: Any = leaf
-        if not isinstance(leaf, jax.Array):
+        if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
             try:
                 array = np.asarray(leaf)
             except ValueError as error:
@@ -450,6 +506,8 @@ def permute(key, positions: jax.Array, n: int) -> jax.Array:
         return jnp.where(x >= n, shuffle(x), x)
 
     start = shuffle(positions.astype(jnp.uint32))
+    if n == 1 << bits:
+        return start.astype(jnp.int32)
     return jax.lax.while_loop(lambda x: jnp.any(x >= n), walk, start).astype(jnp.int32)
 
 

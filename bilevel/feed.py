@@ -6,11 +6,13 @@ fetches a few batches ahead, so that loading overlaps with computing.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
+import json
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +26,8 @@ from bilevel.problem import PyTree, register, static
 # Batches of a chunk, and those fetched ahead, take at most so many bytes and so many steps.
 _BYTES, _STEPS = 2**27, 16
 _END = object()
+# Batches taken, and the iterator's state behind them as JSON.
+Position = tuple[int, str | None]
 
 
 @register
@@ -51,13 +55,13 @@ class Feed:
     def __init__(self, data: Iterable | WithRng, name: str, per_step: int, single: bool):
         self.name, self.per_step, self.single = name, per_step, single
         self.rng = isinstance(data, WithRng)
-        iterable = data.source if isinstance(data, WithRng) else data
+        self._iterator: Any = iter(data.source if isinstance(data, WithRng) else data)
         self.taken = 0
         self.why_ended: str | None = None
-        self._queue: queue.Queue = queue.Queue(maxsize=1)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fetch, args=(iter(iterable),), daemon=True)
-        self._thread.start()
+        # How batches get onto the devices of a mesh: (batches, name, leading axes) -> batches.
+        self.place: Callable = lambda batches, name, leading: jax.tree.map(jnp.asarray, batches)
+        self._state: str | None = None
+        self._start(1)
         try:
             first = self._next()
             if first is _END:
@@ -67,6 +71,7 @@ class Feed:
             self.close()
             raise
         self.last_chunk: tuple[Fed | None, int] = (None, 0)
+        self._marks: dict[int, Position] = {0: (0, self._state)}
         self._shapes = _shapes(self.first)
         size = sum(x.nbytes for x in jax.tree.leaves(self.first) if isinstance(x, jax.Array)) * per_step
         self.capacity = max(1, min(_STEPS, _BYTES // max(size, 1)))
@@ -76,11 +81,17 @@ class Feed:
     def example(self) -> Source:
         """A source with the shapes of one outer step, for checks and for the first state."""
         one = self.first if self.single else _stack([self.first] * self.per_step)
-        return Fed(_stack([one]), self.single, self.rng).at(0)
+        return self._fed([one]).at(0)
+
+    def _fed(self, rows: list[PyTree]) -> Fed:
+        leading = 1 if self.single else 2
+        return Fed(self.place(_stack(rows), self.name, leading), self.single, self.rng)
 
     def chunk(self, steps: int, capacity: int) -> tuple[Fed | None, int]:
         """Batches for up to ``steps`` outer steps, padded to ``capacity``, and how many steps they last."""
         rows: list[PyTree] = []
+        before = max(self._marks)
+        self._marks = {before: self._marks[before]}
         for _ in range(steps):
             try:
                 batches = list(itertools.islice(self._checked(), self.per_step))
@@ -92,15 +103,61 @@ class Feed:
                 self.why_ended = self.why_ended or f"{self.name} ended after {self.taken} batches"
                 break
             rows.append(batches[0] if self.single else _stack(batches))
+            self._marks[before + len(rows)] = self.taken, self._state
         if not rows:
             return None, 0
-        padded = rows + rows[-1:] * (capacity - len(rows))
-        return Fed(_stack(padded), self.single, self.rng), len(rows)
+        return self._fed(rows + rows[-1:] * (capacity - len(rows))), len(rows)
 
     def close(self) -> None:
         """Stop fetching; what was fetched ahead is dropped."""
         self._stop.set()
         self._thread.join(timeout=1.0)
+
+    # --- where it stands, for checkpoints ---
+
+    def resumable(self, reread: bool) -> None:
+        """Whether a run may go on behind the batches that it has taken.
+
+        Raises:
+          TypeError: the iterable has no state of its own that can be written, and may not be read again.
+        """
+        if self._state is None and not reread:
+            raise TypeError(
+                f"{self.name} is an iterable without get_state and set_state (or with a state that JSON "
+                "cannot hold): a run cannot go on where it stopped. If it gives the same batches each time, "
+                "pass checkpoint=bilevel.checkpoints(path, reread=True): those that were taken are then read "
+                "again and skipped."
+            )
+
+    def position(self, steps: int) -> Position:
+        """Where it stood after so many outer steps: batches taken, and its own state where it has one."""
+        return self._marks[steps]
+
+    def seek(self, steps: int, position: Position) -> None:
+        """Go on behind the batches that were taken in so many outer steps."""
+        taken, state = position
+        if state is not None:
+            self.close()
+            self._iterator.set_state(_decoded(state))
+            self._pushed_back = []
+            self._start(self.capacity * self.per_step)
+        else:
+            for _ in range(taken):
+                if (self._pushed_back.pop() if self._pushed_back else self._next()) is _END:
+                    raise ValueError(
+                        f"{self.name} ended while the {taken} batches that the run had taken were read "
+                        "again: it does not give the same batches as before."
+                    )
+        self.taken, self._state = taken, state
+        self._marks = {steps: (taken, state)}
+
+    # --- the thread that fetches ---
+
+    def _start(self, ahead: int) -> None:
+        self._queue: queue.Queue = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fetch, daemon=True)
+        self._thread.start()
 
     def _checked(self) -> Iterator[PyTree]:
         while self.why_ended is None:
@@ -117,10 +174,10 @@ class Feed:
             self.taken += 1
             yield batch
 
-    def _fetch(self, iterator: Iterator) -> None:
+    def _fetch(self) -> None:
         try:
-            for batch in iterator:
-                if not self._put(jax.tree.map(_to_array, batch)):
+            for batch in self._iterator:
+                if not self._put((jax.tree.map(_to_array, batch), _encoded_state(self._iterator))):
                     return
             self._put(_END)
         except BaseException as error:  # handed to the thread that asks for the batch
@@ -142,7 +199,9 @@ class Feed:
             raise item
         if item is _END:
             self._queue.put(_END)
-        return item
+            return item
+        batch, self._state = item
+        return batch
 
 
 class EpisodeHalf:
@@ -179,6 +238,24 @@ def halves(pairs: Episodes) -> tuple[Feed, EpisodeHalf, EpisodeHalf]:
     return feed, EpisodeHalf(feed, 0), EpisodeHalf(feed, 1)
 
 
+def _encoded_state(iterator) -> str | None:
+    """The state of an iterator that has one (grain's have), if JSON can hold it."""
+    if not (hasattr(iterator, "get_state") and hasattr(iterator, "set_state")):
+        return None
+    state = iterator.get_state()
+    try:
+        if isinstance(state, bytes):
+            return json.dumps({"bytes": base64.b64encode(state).decode()})
+        return json.dumps({"json": state})
+    except (TypeError, ValueError):
+        return None
+
+
+def _decoded(state: str):
+    content = json.loads(state)
+    return base64.b64decode(content["bytes"]) if "bytes" in content else content["json"]
+
+
 def _to_array(leaf):
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
@@ -189,8 +266,13 @@ def _shapes(batch) -> tuple:
 
 
 def _stack(batches: list[PyTree]) -> PyTree:
+    """On the host, but for leaves that are already on devices of theirs and for keys."""
+
     def stack(*leaves):
-        keys = isinstance(leaves[0], jax.Array) and jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key)
-        return jnp.stack(leaves) if keys else jnp.asarray(np.stack([np.asarray(x) for x in leaves]))
+        first = leaves[0]
+        there = isinstance(first, jax.Array) and (
+            jnp.issubdtype(first.dtype, jax.dtypes.prng_key) or len(first.sharding.device_set) > 1
+        )
+        return jnp.stack(leaves) if there else np.stack([np.asarray(x) for x in leaves])
 
     return jax.tree.map(stack, *batches)

@@ -13,6 +13,7 @@ from bilevel.estimators.implicit import implicit
 from bilevel.inner_solvers import start_point
 from bilevel.lift import refuse_sampled
 from bilevel.linear_solvers import gmres
+from bilevel.placement import refuse_explicit
 from bilevel.problem import AnyProblem, Estimate, Estimator, FixedPoint
 
 
@@ -43,6 +44,10 @@ def hypergradient(problem: AnyProblem, estimator: Estimator | None = None) -> Ca
     validation.kind("estimator", chosen, "an estimator")
 
     def estimate(params, hparams, train_batch, valid_batch, key=None, model_state=None) -> Estimate:
+        refuse_explicit(
+            params=params, hparams=hparams, train_batch=train_batch, valid_batch=valid_batch,
+            model_state=model_state,
+        )  # fmt: skip
         hparams = validation.floating(hparams, "hparams")
         validation.finite(hparams, "hparams")
         bind(problem.constraints, hparams).check(hparams)

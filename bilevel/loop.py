@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from bilevel.problem import (
     Method,
     Problem,
     PyTree,
+    StaticTree,
     Status,
     inner_value,
     outer_value,
@@ -41,9 +43,19 @@ COLUMNS = (
 )  # fmt: skip
 
 
+# Of these a member that has ended has zeros in its row, not nan.
+ZERO_WHERE_ENDED = (
+    "accepted", "nonfinite", "solver_steps", "negative_curvature", "inner_grad", "outer_grad", "hvp", "cross",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a chunk is compiled for."""
+    """What a chunk is compiled for.
+
+    ``population``: there is an axis of members. ``layout``: where the leaves of the carry lie on a mesh, and
+    ``axis`` the mesh axis of the members; both None without one.
+    """
 
     problem: Problem | FixedPoint
     method: Method
@@ -53,6 +65,9 @@ class Plan:
     judges: bool
     tests: bool
     metrics: tuple[str, ...]
+    population: bool = False
+    layout: StaticTree | None = None
+    axis: str | None = None
 
     @property
     def judged_columns(self) -> tuple[str, ...]:
@@ -68,26 +83,49 @@ class Plan:
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Carry:
-    """What a chunk takes and returns: the run so far, and this chunk's rows.
+class Pair:
+    """The pair with the lowest outer value so far, taken at outer step ``step``."""
 
-    ``hparams`` are the state's in natural units, so that the host need not compute them.
+    params: PyTree
+    hparams: PyTree
+    model_state: PyTree
+    value: Any
+    step: Any
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run so far; in a population every leaf has an axis of members in front.
+
+    ``hparams`` are the state's in natural units, so that the host need not compute them. ``attempted``: outer
+    steps until it ended.
     """
 
     state: Any
     key: jax.Array
     hparams: PyTree
-    best: PyTree  # (params, hparams, model_state, value, step), or None
+    best: Pair | None
+    attempted: jax.Array
+    status: jax.Array
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """What a chunk takes and returns: the runs so far, and this chunk's rows, (steps, [members,] columns)."""
+
+    member: Member
     rows: jax.Array
     trail: jax.Array
     step: jax.Array
-    status: jax.Array
 
 
 @functools.lru_cache(maxsize=64)
 def compiled(plan: Plan):
     """The jitted ``chunk`` of a plan; the carry is donated."""
-    return jax.jit(functools.partial(_chunk, plan), donate_argnums=0)
+    placed = plan.layout and plan.layout.tree()
+    return jax.jit(functools.partial(_chunk, plan), donate_argnums=0, out_shardings=placed)
 
 
 @functools.lru_cache(maxsize=64)
@@ -95,7 +133,16 @@ def compiled_start(plan: Plan):
     """The jitted ``start`` of a plan."""
     # It runs once: not worth optimising.
     options = {"xla_backend_optimization_level": 0}
-    return jax.jit(functools.partial(_start, plan), compiler_options=options)
+    placed: Any = None
+    if plan.layout is not None:
+        carry = plan.layout.tree()
+        placed = carry, carry.step, carry.step
+    return jax.jit(functools.partial(_start, plan), compiler_options=options, out_shardings=placed)
+
+
+def abstract_start(plan: Plan, *args) -> Carry:
+    """The shapes of the first carry; arguments as of `compiled_start`."""
+    return jax.eval_shape(functools.partial(_start, plan), *args)[0]
 
 
 @functools.lru_cache(maxsize=64)
@@ -106,11 +153,45 @@ def compiled_test(plan: Plan):
         hparams = plan.method.seen(hparams, -1)
         return outer_value(plan.problem, params, hparams, source.whole(key), model_state)
 
-    return jax.jit(measure)
+    if plan.population:
+        measure = jax.vmap(measure, in_axes=(0, 0, 0, 0, None), spmd_axis_name=plan.axis)
+    return jax.jit(measure, out_shardings=plan.layout and plan.layout.tree().step)
+
+
+@functools.lru_cache(maxsize=64)
+def compiled_choice(plan: Plan):
+    """The jitted carry of some members of a population, by their places."""
+
+    def chosen(carry: Carry, places) -> Carry:
+        return Carry(
+            member=jax.tree.map(lambda x: x[places], carry.member),
+            rows=carry.rows[:, places],
+            trail=carry.trail[:, places],
+            step=carry.step,
+        )
+
+    return jax.jit(chosen, out_shardings=plan.layout and plan.layout.tree())
 
 
 def _start(plan: Plan, params, hparams, key, train, valid, model_state):
     """The first carry, and both losses at the start (of a fixed point the sum of the map)."""
+    begin = functools.partial(_start_one, plan)
+    if plan.population:
+        begin = jax.vmap(begin, in_axes=(0, 0, 0, None, None, None), spmd_axis_name=plan.axis)
+    member, inner, outer = begin(params, hparams, key, train, valid, model_state)
+    front = (plan.capacity, *member.status.shape)
+    dtype = jnp.promote_types(outer.dtype, jnp.float32)
+    width = trail_width(one(hparams, plan.population))
+    carry = Carry(
+        member=member,
+        rows=jnp.zeros((*front, len(plan.columns)), dtype),
+        trail=jnp.zeros((*front, width), _trail_dtype(hparams)),
+        step=jnp.int32(0),
+    )
+    return carry, inner, outer
+
+
+def _start_one(plan: Plan, params, hparams, key, train, valid, model_state):
     problem, batch = plan.problem, train.batch(key, 0)
     state = plan.method.init(problem, params, hparams, train, valid, key=key, model_state=model_state)
     first, last = plan.method.seen(hparams, 0), plan.method.seen(hparams, -1)
@@ -122,19 +203,17 @@ def _start(plan: Plan, params, hparams, key, train, valid, model_state):
     outer, _ = outer_value(problem, params, last, valid.batch(key, 0), model_state)
     best = None
     if plan.keep_best:
-        pair = _copy((params, hparams, model_state))
-        best = (*pair, jnp.full_like(outer, jnp.inf), jnp.int32(0))
-    carry = Carry(
+        pair = params, hparams, model_state, jnp.full_like(outer, jnp.inf), jnp.int32(0)
+        best = Pair(*_copy(pair))
+    member = Member(
         state=state,
         key=_copy(key),
         hparams=_copy(hparams),
         best=best,
-        rows=jnp.zeros((plan.capacity, len(plan.columns)), jnp.promote_types(outer.dtype, jnp.float32)),
-        trail=jnp.zeros((plan.capacity, trail_width(hparams)), _trail_dtype(hparams)),
-        step=jnp.int32(0),
+        attempted=jnp.int32(0),
         status=jnp.int32(Status.RUNNING),
     )
-    return carry, inner, outer
+    return member, inner, outer
 
 
 def _copy(tree):
@@ -143,37 +222,81 @@ def _copy(tree):
 
 def _chunk(plan: Plan, carry: Carry, stop, tol, train, valid, test) -> Carry:
     first = carry.step
+    # Natural units are made once, at the end of the chunk.
+    carry = _with_hparams(carry, None)
 
     def going(carry):
-        return (carry.step < stop) & (carry.status == Status.RUNNING)
+        return (carry.step < stop) & jnp.any(carry.member.status == Status.RUNNING)
 
     def body(carry):
         t, row = carry.step, carry.step - first
         sources = [s.at(row) if isinstance(s, Fed) else s for s in (train, valid)]
-        state, info = plan.method.step(plan.problem, carry.state, *sources)
-        due = t % plan.judge_every == 0
-        values, value = _row(plan, info, due, carry.key, valid, test)
-        best = carry.best
-        if best is not None:
-            better = info.accepted & (value < best[3])
-            new = (info.params, info.hparams, info.model_state, value, t)
-            best = jax.lax.cond(better, lambda: new, lambda: best)
-        gap = info.grad_norm + (info.error if info.error_kind == CERTIFIED else 0)
-        done = info.accepted & due & (gap <= tol) & (info.status == Status.RUNNING)
-        trail = _trail(info.hparams, carry.trail.dtype)
+        advance = functools.partial(_advance, plan, t, tol, sources, valid, test)
+        if plan.population:
+            member, values, trail = jax.vmap(advance, spmd_axis_name=plan.axis)(carry.member)
+            running = carry.member.status == Status.RUNNING
+            member = _select(running, member, carry.member)
+            values = jnp.where(running[:, None], values, ended_row(plan, values.dtype))
+        else:
+            member, values, trail = advance(carry.member)
+        if plan.layout is not None:
+            # Else the whole buffer is spread over the devices, and gathered at the end of each chunk.
+            trail = jax.lax.with_sharding_constraint(trail, plan.layout.tree().step)
         return Carry(
-            state=state,
-            key=carry.key,
-            hparams=carry.hparams,
-            best=best,
+            member=member,
             rows=jax.lax.dynamic_update_index_in_dim(carry.rows, values.astype(carry.rows.dtype), row, 0),
-            trail=jax.lax.dynamic_update_index_in_dim(carry.trail, trail, row, 0),
+            trail=jax.lax.dynamic_update_index_in_dim(carry.trail, trail.astype(carry.trail.dtype), row, 0),
             step=t + 1,
-            status=jnp.where(done, Status.CONVERGED, info.status).astype(jnp.int32),
         )
 
     end = jax.lax.while_loop(going, body, carry)
-    return dataclasses.replace(end, hparams=end.state.hparams)
+    state = end.member.state
+    view = operator.attrgetter("hparams")
+    return _with_hparams(end, jax.vmap(view)(state) if plan.population else view(state))
+
+
+def _with_hparams(carry: Carry, hparams) -> Carry:
+    return dataclasses.replace(carry, member=dataclasses.replace(carry.member, hparams=hparams))
+
+
+def _advance(plan: Plan, t, tol, sources, valid, test, member: Member):
+    """One outer step of one member: the member, its row and its trail."""
+    state, info = plan.method.step(plan.problem, member.state, *sources)
+    due = t % plan.judge_every == 0
+    values, value = _row(plan, info, due, member.key, valid, test)
+    best = member.best
+    if best is not None:
+        better = info.accepted & (value < best.value)
+        new = Pair(info.params, info.hparams, info.model_state, value, t)
+        best = jax.lax.cond(better, lambda: new, lambda: best)
+    gap = info.grad_norm + (info.error if info.error_kind == CERTIFIED else 0)
+    done = info.accepted & due & (gap <= tol) & (info.status == Status.RUNNING)
+    member = dataclasses.replace(
+        member,
+        state=state,
+        best=best,
+        attempted=t + 1,
+        status=jnp.where(done, Status.CONVERGED, info.status).astype(jnp.int32),
+    )
+    return member, values, _trail(info.hparams)
+
+
+def _select(running, new, old):
+    """The new leaf for members that run, the old one for those that have ended."""
+
+    def pick(a, b):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                pick(jax.random.key_data(a), jax.random.key_data(b)), impl=jax.random.key_impl(a)
+            )
+        return jnp.where(running.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(pick, new, old)
+
+
+def ended_row(plan: Plan, dtype) -> np.ndarray:
+    """The row of a member that has ended: nan, or nothing done."""
+    return np.array([0 if name in ZERO_WHERE_ENDED else np.nan for name in plan.columns], dtype)
 
 
 def _row(plan: Plan, info, due, key, valid, test):
@@ -219,6 +342,12 @@ def _trail_dtype(hparams):
     return functools.reduce(jnp.promote_types, (x.dtype for x in jax.tree.leaves(hparams)), jnp.float32)
 
 
+def one(hparams, population: bool):
+    """The shapes of one member's."""
+    skip = int(population)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[skip:], x.dtype), hparams)
+
+
 def _recorded(size: int) -> int:
     return len(range(0, size, -(-size // _SAMPLE)))
 
@@ -228,18 +357,19 @@ def trail_width(hparams) -> int:
     return sum(_recorded(x.size) for x in jax.tree.leaves(hparams))
 
 
-def _trail(hparams, dtype) -> jax.Array:
-    return jnp.concatenate([_sample(leaf).astype(dtype) for leaf in jax.tree.leaves(hparams)])
+def _trail(hparams) -> jax.Array:
+    dtype = _trail_dtype(hparams)
+    return jnp.concatenate([_sample(leaf.reshape(-1)).astype(dtype) for leaf in jax.tree.leaves(hparams)])
 
 
-def _sample(leaf):
-    return leaf.reshape(-1)[:: -(-leaf.size // _SAMPLE)]
+def _sample(entries):
+    return entries[..., :: -(-entries.shape[-1] // _SAMPLE)]
 
 
-def last_trail(hparams, dtype) -> np.ndarray:
-    """What would be recorded of given hparams, by numpy."""
-    leaves = [_sample(np.asarray(leaf)).astype(dtype) for leaf in jax.tree.leaves(hparams)]
-    return np.concatenate(leaves)[None]
+def last_trail(hparams, front: tuple[int, ...]) -> np.ndarray:
+    """What would be recorded of given hparams, by numpy; ``front``: the axis of members, if any."""
+    leaves = [_sample(np.asarray(leaf).reshape(*front, -1)) for leaf in jax.tree.leaves(hparams)]
+    return np.concatenate(leaves, axis=-1)[None]
 
 
 def quantile_leaves(hparams) -> tuple[bool, ...]:
@@ -248,13 +378,22 @@ def quantile_leaves(hparams) -> tuple[bool, ...]:
 
 
 def unpack_trail(trail: np.ndarray, hparams) -> list[np.ndarray]:
-    """For each leaf of hparams, recorded rows as entries or quantiles, shape (rows, ...)."""
+    """Recorded rows as entries or quantiles.
+
+    Args:
+      trail: shape (rows, [members,] width).
+      hparams: of one member; shapes will do.
+
+    Returns:
+      For each leaf an array of shape (rows, [members,] ...).
+    """
     out, at = [], 0
     for leaf, by_quantiles in zip(jax.tree.leaves(hparams), quantile_leaves(hparams), strict=True):
-        rows = trail[:, at : at + _recorded(leaf.size)]
-        at += rows.shape[1]
+        rows = trail[..., at : at + _recorded(leaf.size)]
+        at += rows.shape[-1]
         if by_quantiles:
-            out.append(np.quantile(rows, _QUANTILES, axis=1).T.astype(trail.dtype))
+            quantiles = np.quantile(rows, _QUANTILES, axis=-1)
+            out.append(np.moveaxis(quantiles, 0, -1).astype(trail.dtype))
         else:
-            out.append(rows.reshape(len(rows), *leaf.shape))
+            out.append(rows.reshape(*trail.shape[:-1], *leaf.shape))
     return out

@@ -25,7 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from bilevel import validation
-from bilevel.problem import FixedPoint, Problem, PyTree
+from bilevel.problem import Composite, FixedPoint, Problem, PyTree
 
 
 def _primitive(name: str, rule: Callable) -> Primitive:
@@ -96,6 +96,27 @@ class _Mean:
         return jax.lax.pmean(x, self.axis_name) if mean else x
 
 
+@dataclasses.dataclass(frozen=True)
+class _Predictions(_Mean):
+    """The ``predict`` of a composite loss: of one device, but with gradients of all."""
+
+    def __call__(self, params, hparams, batch):
+        if not self._tracked:
+            params, hparams = jax.tree.map(self._varied, (params, hparams))
+        return self.loss(params, hparams, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MeanOfPredictions(_Mean):
+    """The ``loss`` of a composite loss, whose outputs are those of one device."""
+
+    def __call__(self, outputs, hparams, batch):
+        if self._tracked:
+            return self._tracked_mean(self.loss(outputs, hparams, batch))
+        value = self.loss(outputs, jax.tree.map(self._varied, hparams), batch)
+        return _total.bind(jnp.asarray(value), axis_name=self.axis_name) / jax.lax.axis_size(self.axis_name)
+
+
 def pmean(problem: Problem, axis_name: str) -> Problem:
     """The problem whose losses are means over the devices of a mapped axis.
 
@@ -136,6 +157,11 @@ def pmean(problem: Problem, axis_name: str) -> Problem:
         )
     if not isinstance(axis_name, str):
         raise TypeError(f"axis_name must be the name of a mapped axis, got {axis_name!r}.")
-    return dataclasses.replace(
-        problem, inner=_Mean(problem.inner, axis_name), outer=_Mean(problem.outer, axis_name)
-    )
+    inner: Callable = _Mean(problem.inner, axis_name)
+    if isinstance(problem.inner, Composite):
+        inner = Composite(
+            _Predictions(problem.inner.predict, axis_name),
+            _MeanOfPredictions(problem.inner.loss, axis_name),
+            problem.inner.penalty,
+        )
+    return dataclasses.replace(problem, inner=inner, outer=_Mean(problem.outer, axis_name))

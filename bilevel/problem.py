@@ -382,6 +382,7 @@ class Status(enum.IntEnum):
     STALLED = 4
     DATA_EXHAUSTED = 5
     INTERRUPTED = 6
+    DROPPED = 7
 
     def __str__(self) -> str:
         return self.name

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
 import jax
 import numpy as np
 
-from bilevel import checkpoint
+from bilevel.populations import member_of
 from bilevel.problem import HParams, Params, PyTree, Status
 
 
@@ -19,7 +20,8 @@ class Best:
 
     Where no pair is kept (``keep_best=False``, validation batches of an iterable) it is the last one, and
     ``value`` the one that was measured last, before the last outer update. A ``step`` equal to the number of
-    steps done is the end of the run.
+    steps done is the end of the run. Of a population it is that of the best ``member`` among those that have
+    not failed.
     """
 
     params: Params
@@ -27,6 +29,26 @@ class Best:
     value: float
     step: int
     model_state: PyTree = None
+    member: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """What a population's result knows of each of its n members.
+
+    ``params``, ``hparams`` and ``model_state``: their best pairs, every array with an axis of members in
+    front; ``value`` and ``step``: where these were taken, shape (n,). ``attempted``: outer steps until each
+    ended, ``messages``: why. ``test``: as in `Result`, each number an array of shape (n,).
+    """
+
+    params: Params
+    hparams: HParams
+    model_state: PyTree
+    value: np.ndarray
+    step: np.ndarray
+    attempted: np.ndarray
+    messages: tuple[str, ...]
+    test: dict[str, dict[str, np.ndarray]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +57,8 @@ class Trajectory:
 
     ``steps``: outer steps, shape (rows,); the last row is the end of the run. ``hparams``: a tree like
     hparams; a leaf has shape (rows, *leaf shape) where it is small, else (rows, 5): the quantiles
-    0, 1/4, 1/2, 3/4 and 1 of its entries (of an evenly spaced sample where they are very many).
-    ``quantiles``: for each leaf, whether that is so.
+    0, 1/4, 1/2, 3/4 and 1 of its entries (of an evenly spaced sample where they are very many). In a
+    population the axis of members follows that of rows. ``quantiles``: for each leaf, whether that is so.
     """
 
     steps: np.ndarray
@@ -47,6 +69,10 @@ class Trajectory:
 @dataclasses.dataclass(frozen=True, repr=False)
 class Result:
     """The outcome of `bilevel.optimize`.
+
+    Of a population of n members params, hparams, model_state and state have an axis of members in front, the
+    columns of ``history`` shape (steps, n), ``status`` is an array of `Status` codes of shape (n,), and
+    `member` gives each one's own result.
 
     Args:
       params: at the last good step; so are ``hparams`` (natural units) and ``model_state``.
@@ -68,12 +94,51 @@ class Result:
     best: Best
     history: dict[str, np.ndarray]
     trajectory: Trajectory
-    status: Status
+    status: Any
     message: str
     seconds: float
-    test: dict[str, dict[str, float]] | None = None
+    test: dict[str, dict[str, Any]] | None = None
     model_state: PyTree = None
     state: Any = None
+    members: Members | None = None
+
+    def member(self, i: int) -> Result:
+        """The result of one member of a population, as if it had run alone.
+
+        Raises:
+          ValueError: no population; IndexError: no such member.
+        """
+        if self.members is None:
+            raise ValueError("member(i) needs a population; this result is of a single run.")
+        n = len(self.members.messages)
+        if not -n <= i < n:
+            raise IndexError(f"member must be from 0 to {n - 1}, got {i}.")
+        i, rows = i % n, int(self.members.attempted[i])
+        own = functools.partial(member_of, i=i)
+        steps = self.trajectory.steps
+        until = steps <= rows
+        every = self.members
+        value, step = float(every.value[i]), int(every.step[i])
+        return Result(
+            params=own(self.params),
+            hparams=own(self.hparams),
+            best=Best(own(every.params), own(every.hparams), value, step, own(every.model_state)),
+            history={
+                name: column[:rows, i] if column.ndim > 1 else column[:rows]
+                for name, column in self.history.items()
+            },
+            trajectory=Trajectory(
+                steps[until],
+                jax.tree.map(lambda x: x[until, i], self.trajectory.hparams),
+                self.trajectory.quantiles,
+            ),
+            status=Status(int(np.asarray(self.status)[i])),
+            message=self.members.messages[i],
+            seconds=self.seconds,
+            test=_member_test(self.members.test, i),
+            model_state=own(self.model_state),
+            state=own(self.state),
+        )
 
     @property
     def counts(self) -> dict[str, float]:
@@ -81,6 +146,8 @@ class Result:
         return {name: float(self.history[name].sum()) for name in COUNT_COLUMNS}
 
     def __repr__(self) -> str:
+        if self.members is not None:
+            return self._repr_population(len(self.members.messages))
         value = self.history["value"]
         last = f"{value[-1]:.6g}" if len(value) else "none"
         lines = [
@@ -96,30 +163,23 @@ class Result:
         ]
         return "\n".join(lines) + ")"
 
+    def _repr_population(self, n: int) -> str:
+        lines = [
+            f"Result(population of {n} after {len(self.history['step'])} outer steps in {self.seconds:.1f} s",
+            f"  value: best {self.best.value:.6g} at step {self.best.step} of member {self.best.member}",
+            f"  hparams: {_summary(self.best.hparams)}",
+            f"  {self.message}",
+        ]
+        return "\n".join(lines) + ")"
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write everything but ``state`` into one file; read it with `bilevel.load`."""
-        trees = {
-            "params": self.params,
-            "hparams": self.hparams,
-            "best_params": self.best.params,
-            "best_hparams": self.best.hparams,
-            "history": self.history,
-            "trajectory_steps": self.trajectory.steps,
-            "trajectory": self.trajectory.hparams,
-            "model_state": self.model_state,
-            "best_model_state": self.best.model_state,
-        }
-        meta = {
-            "kind": "result",
-            "status": self.status.name,
-            "message": self.message,
-            "seconds": self.seconds,
-            "best_value": self.best.value,
-            "best_step": self.best.step,
-            "quantiles": list(self.trajectory.quantiles),
-            "test": self.test,
-        }
-        checkpoint.write(path, trees, meta)
+        """Write everything but ``state`` into one file; read it with `bilevel.load`.
+
+        Where arrays are spread over several processes, each of them calls it and the first one writes.
+        """
+        from bilevel import result_file
+
+        result_file.save(self, path)
 
     def plot(self):
         """Outer value, gradient norm and hyperparameters over the outer steps; a matplotlib Figure.
@@ -132,76 +192,23 @@ class Result:
         return plot_result(self)
 
 
-def load(path: str | os.PathLike, like=None) -> Result:
-    """Read a result that `Result.save` wrote; its arrays are numpy arrays.
-
-    Args:
-      path: of the file.
-      like: a `Result`, or a pair ``(params, hparams)``, of the same structure, where params or hparams
-        hold containers other than dicts, lists, tuples and None.
-
-    Raises:
-      ValueError: no such file, not a result, damaged, or of another structure.
-    """
-    if like is not None:
-        params, hparams = _pair(like)
-        like = {
-            "params": params,
-            "best_params": params,
-            "hparams": hparams,
-            "best_hparams": hparams,
-            "trajectory": hparams,
-        }
-    trees, meta = checkpoint.read(path, like)
-    if meta.get("kind", "result") != "result":
-        raise ValueError(f"path: {path} holds a {meta['kind']}, not a result.")
-    missing = (_TREES - set(trees)) | (_META - set(meta))
-    if missing:
-        lost = ", ".join(sorted(missing))
-        raise ValueError(f"path: {path} is not a file that bilevel wrote, or it is damaged (no {lost}).")
-    return Result(
-        params=trees["params"],
-        hparams=trees["hparams"],
-        best=Best(
-            params=trees["best_params"],
-            hparams=trees["best_hparams"],
-            value=meta["best_value"],
-            step=meta["best_step"],
-            model_state=trees["best_model_state"],
-        ),
-        history=trees["history"],
-        trajectory=Trajectory(trees["trajectory_steps"], trees["trajectory"], tuple(meta["quantiles"])),
-        status=Status[meta["status"]],
-        message=meta["message"],
-        seconds=meta["seconds"],
-        test=meta["test"],
-        model_state=trees["model_state"],
-    )
-
-
-_TREES = {
-    "params", "hparams", "best_params", "best_hparams", "history", "trajectory_steps", "trajectory",
-    "model_state", "best_model_state",
-}  # fmt: skip
-_META = {"status", "message", "seconds", "best_value", "best_step", "quantiles", "test"}
-
-
-def _pair(like) -> tuple[Params, HParams]:
-    if isinstance(like, Result):
-        return like.params, like.hparams
-    if isinstance(like, (tuple, list)) and len(like) == 2:
-        return like[0], like[1]
-    raise TypeError(f"like must be a Result or a pair (params, hparams), got {like!r:.80}.")
-
-
 COUNT_COLUMNS = ("inner_grad", "outer_grad", "hvp", "cross")
+
+
+def _member_test(test, i: int) -> dict[str, dict[str, float]] | None:
+    if test is None:
+        return None
+    return {pair: {name: float(v[i]) for name, v in values.items()} for pair, values in test.items()}
 
 
 def _summary(hparams) -> str:
     parts = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(hparams)[0]:
-        array = np.asarray(leaf)
         name = jax.tree_util.keystr(path) or "value"
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            parts.append(f"{name}{list(leaf.shape)} over several processes")
+            continue
+        array = np.asarray(leaf)
         if array.ndim == 0:
             parts.append(f"{name} = {array:.4g}")
         else:

@@ -1,9 +1,9 @@
-"""The host's side of a run: chunks one after the other, callbacks, interruption, and the result."""
+"""The host's side of a run: chunks one after the other, callbacks, checkpoints, interruption."""
 
 from __future__ import annotations
 
-import signal
-import threading
+import contextlib
+import dataclasses
 import time
 import warnings
 from typing import Any
@@ -11,17 +11,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel import diagnosis, loop
-from bilevel.constraints import Box, Fixed, bind
+from bilevel import diagnosis, hosts, loop, report
 from bilevel.feed import EpisodeHalf, Feed
+from bilevel.interruption import Interrupt
+from bilevel.keeper import Keeper
+from bilevel.memory import analysed, warn_where_too_large
+from bilevel.placement import Placement
+from bilevel.populations import Population, survivors
+from bilevel.preparation import Prepared
 from bilevel.problem import Status
 from bilevel.progress import reporter
-from bilevel.result import Best, Result, Trajectory
+from bilevel.record import Record
+from bilevel.result import Result
 
 _CHUNK_SECONDS = 1.0
-_TRAJECTORY_ROWS = 2000
-_BOOLEAN = ("accepted", "negative_curvature")
-_INTEGER = ("nonfinite", "solver_steps")
+# How long a chunk under way may take to be kept when a run is told to stop at once.
+_GRACE_SECONDS = 1.0
+FED = (Feed, EpisodeHalf)
 
 
 class _Stop:
@@ -32,104 +38,137 @@ class _Stop:
 STOP = _Stop()
 
 
-class Run:
-    """One run: chunks until something ends it."""
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run is told; none of it is an input to its numbers but where it ends.
 
-    def __init__(self, plan, carry, sources, test, steps, tol, callbacks, began):
-        self.plan, self.carry, self.sources, self.test = plan, carry, sources, test
-        self.steps, self.tol, self.callbacks, self.began = steps, tol, callbacks, began
-        self.rows: list[np.ndarray] = []
-        self.trail: list[tuple[np.ndarray, list[np.ndarray]]] = []
-        self.seconds: list[np.ndarray] = []
+    ``began``: when the call began, by `time.perf_counter`.
+    """
+
+    steps: int
+    tol: float
+    callbacks: tuple
+    began: float
+    population: Population | None = None
+    placement: Placement | None = None
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether other processes run the same."""
+        return self.placement is not None and self.placement.spans_hosts
+
+
+class Run:
+    """One run, or the runs of a population: chunks until something ends them."""
+
+    def __init__(self, ready: Prepared, carry: loop.Carry, settings: Settings, keeper: Keeper | None):
+        plan = ready.plan
+        self.plan, self.carry, self.sources, self.test = plan, carry, ready.sources, ready.test
+        self.settings, self.keeper = settings, keeper
+        self.given = ready.arguments[:2]
+        self.measured = False
+        self.began = settings.began
+        members = None if settings.population is None else settings.population.n
+        hparams = loop.one(carry.member.hparams, plan.population)
+        self.record = Record(plan, hparams, carry.rows.dtype, carry.trail.dtype, members)
+        self.active = np.arange(members) if members else None
+        self.dropped: list[tuple[np.ndarray, Any]] = []
         self.pending: tuple[Any, float] | None = None
-        leaves = bind(plan.problem.constraints, carry.hparams).leaves
-        self.may_rest = any(isinstance(c, Box) for c in leaves) or all(isinstance(c, Fixed) for c in leaves)
-        self.done = 0
-        self.told = (0, 0)  # chunks and steps that callbacks have seen
         self.ended: tuple[Status, str] | None = None
+        self.notes: list[str] = []
         self.chunk_length = 1
+        self.told = 0
+
+    @property
+    def done(self) -> int:
+        """Outer steps attempted."""
+        return self.record.done
 
     def go(self, progress: bool) -> Result:
         """Run to the end, whatever it is."""
+        show = progress and (hosts.first() or not self.settings.spans_hosts)
         try:
-            with Interrupt() as interrupt, reporter(progress, self.steps) as report:
+            with Interrupt() as interrupt, reporter(show, self.settings.steps) as show_row:
+                self._judge()
                 while self.ended is None:
                     self._advance()
-                    report(self.done, self._row())
-                    if interrupt.seen and self.ended is None:
-                        self.ended = Status.INTERRUPTED, "Interrupted by the user."
+                    show_row(self.done, self._row())
+                    self._between(interrupt)
         except KeyboardInterrupt:
-            self._collect()  # a chunk that was under way
-            self.ended = self.ended or (Status.INTERRUPTED, "Interrupted by the user.")
+            self._stop_at_once()
         except Exception as error:
-            # From a callback or a data iterable: the user's own, passed on with what was computed.
-            self.ended = Status.INTERRUPTED, f"{type(error).__name__} in a callback or an iterable."
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.carry)):
-                # Otherwise the device failed in the middle of a chunk that it had been given.
-                _attach(error, self.result()[0])
+            self._fail(error)
             raise
-        result, warned = self.result()
-        if warned:
-            try:
-                warnings.warn(warned, RuntimeWarning, stacklevel=3)
-            except RuntimeWarning as error:
-                _attach(error, result)
-                raise
-        return result
+        self._keep()
+        return self._finish()
 
     # --- one chunk ---
 
     def _advance(self) -> None:
-        length = self._next_length()
-        sources, length = self._feed(length)
+        sources, length = self._feed(self._next_length())
         if length == 0:
             return
         before = time.perf_counter()
-        bounds = np.int32(self.done + length), np.float64(self.tol)
-        carry = loop.compiled(self.plan)(self.carry, *bounds, *sources, self.test)
+        bounds = np.int32(self.done + length), np.float64(self.settings.tol)
+        arguments = self.carry, *bounds, *sources, self.test
+        if not self.measured:
+            self.measured = True
+            warn_where_too_large(analysed(self.plan, arguments, self.given))
+        carry = loop.compiled(self.plan)(*arguments)
         self.pending = carry, before
+        self._wait()
         self._collect()
-        if self.callbacks and self._callback_due():
-            self._call_back()
-        if self.ended is None and self.done >= self.steps:
-            self.ended = Status.BUDGET, f"All {self.steps} outer steps are done."
+
+    def _wait(self, seconds: float = np.inf) -> None:
+        """Until the chunk under way is done; signals are heard meanwhile."""
+        carry: Any = self.carry if self.pending is None else self.pending[0]
+        until, pause = time.perf_counter() + seconds, 2e-5
+        while not carry.step.is_ready() and time.perf_counter() < until:
+            time.sleep(pause)
+            pause = min(1.5 * pause, 2e-3)
 
     def _collect(self) -> None:
-        """Wait for the chunk under way, if any, and take what it brought; all of it or nothing."""
+        """Take what the chunk under way brought; all of it or nothing."""
         if self.pending is None:
             return
         carry, before = self.pending
-        taken = int(carry.step) - self.done  # waits
+        taken = int(carry.step) - self.done
         after = time.perf_counter()
-        rows = np.asarray(carry.rows)[:taken].copy()
-        trail = self._thin(np.asarray(carry.trail)[:taken], carry.hparams)
+        rows, trail = np.asarray(carry.rows)[:taken], np.asarray(carry.trail)[:taken]
         seconds = before - self.began + (after - before) * np.arange(1, taken + 1) / max(taken, 1)
         first, self.pending, self.carry = self.done, None, carry
-        self.rows.append(rows)
-        self.trail.extend(trail)
-        self.seconds.append(seconds)
-        self.done += taken
+        self.record.add(rows, trail, seconds, self.active)
         self._adapt(taken, after - before, first)
-        status = Status(int(carry.status))
-        if status == Status.CONVERGED:
-            self.ended = status, f"The gradient norm is at most tol = {self.tol:g}."
-        elif status != Status.RUNNING:
-            self.ended = status, diagnosis.why_ended(status, self.history())
+        self._judge()
 
-    def _thin(self, trail: np.ndarray, hparams) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-        """The rows of the trajectory that are kept, with their outer steps."""
-        steps = np.arange(self.done, self.done + len(trail))
-        if any(loop.quantile_leaves(hparams)):
-            due = steps % self.plan.judge_every == 0
-            steps, trail = steps[due], trail[due]
-        return [(steps, loop.unpack_trail(trail.copy(), hparams))] if len(steps) else []
+    def _judge(self) -> None:
+        """Whether the run has ended by itself."""
+        status = np.asarray(self.carry.member.status)
+        if self.done and not (status == Status.RUNNING).any():
+            self.ended = self._by_itself(status)
+        elif self.done >= self.settings.steps:
+            self.ended = Status.BUDGET, f"All {self.done} outer steps are done."
+
+    def _by_itself(self, status: np.ndarray) -> tuple[Status, str]:
+        if status.ndim:
+            return Status.CONVERGED, "All members have ended."
+        if status == Status.CONVERGED:
+            return Status.CONVERGED, f"The gradient norm is at most tol = {self.settings.tol:g}."
+        return Status(int(status)), diagnosis.why_ended(Status(int(status)), self.record.history())
 
     def _next_length(self) -> int:
-        length = min(self.chunk_length, self.plan.capacity, self.steps - self.done)
-        if self.callbacks:  # called at multiples of judge_every, whatever the machine's speed
-            every = self.plan.judge_every
+        length = min(self.chunk_length, self.plan.capacity, self.settings.steps - self.done)
+        for every in self._halts():
             length = min(length, every - self.done % every)
         return length
+
+    def _halts(self) -> list[int]:
+        """A chunk ends at each multiple of these, whatever the machine's speed."""
+        halts = [self.plan.judge_every] if self.settings.callbacks else []
+        if self.keeper is not None:
+            halts.append(self.keeper.every)
+        population = self.settings.population
+        return halts + ([population.halve_every] if population and population.halve_every else [])
 
     def _adapt(self, taken: int, seconds: float, first: int) -> None:
         if first > 0 and taken:  # the first chunk compiles
@@ -139,142 +178,196 @@ class Run:
     def _feed(self, length: int):
         """Sources for the next steps, and how many steps they last; ends the run where they do not."""
         fed: list[Any] = []
+        failed: Exception | None = None
+        ended = ""
         for source in self.sources:
-            if isinstance(source, (Feed, EpisodeHalf)):
-                chunk, length = source.chunk(length, self.plan.capacity)
-                if length == 0:
-                    self.ended = Status.DATA_EXHAUSTED, f"{source.why_ended}."
-                    return (), 0
-                fed.append(chunk)
-            else:
+            if not isinstance(source, FED):
                 fed.append(source)
+                continue
+            try:
+                chunk, length = source.chunk(length, self.plan.capacity)
+            except Exception as error:
+                if not self.settings.spans_hosts:
+                    raise
+                failed, length = error, 0
+            if length == 0:
+                ended = f"{source.why_ended}."
+                break
+            fed.append(chunk)
+        if self.settings.spans_hosts and any(isinstance(source, FED) for source in self.sources):
+            length = self._shortest(length, failed)
+            ended = ended or "The data of another process ended."
+        if length == 0:
+            self.ended = Status.DATA_EXHAUSTED, ended
         return fed, length
 
+    def _shortest(self, length: int, failed: Exception | None) -> int:
+        shortest = int(hosts.gather([-1 if failed else length]).min())
+        if failed is not None:
+            raise failed
+        if shortest < 0:
+            raise hosts.PeerError("The data of another process failed; see its own error.")
+        return shortest
+
+    # --- between chunks ---
+
+    def _between(self, interrupt: Interrupt) -> None:
+        """Callbacks, halvings, checkpoints and interruption; all processes come to the same."""
+        stop, failed = False, None
+        mine = hosts.first() or not self.settings.spans_hosts
+        if mine and self.settings.callbacks and self._callback_due():
+            try:
+                stop = self._call_back()
+            except Exception as error:
+                if not self.settings.spans_hosts:
+                    raise
+                failed = error
+        why = interrupt.why
+        if self.settings.spans_hosts:
+            stop, why = self._agree(stop, failed, why)
+        if self.ended is None and stop:
+            self.ended = Status.INTERRUPTED, "A callback returned STOP."
+        if self.ended is None and why is not None:
+            self.ended = Status.INTERRUPTED, why
+        if self.ended is None:
+            self._halve()
+            if self.keeper is not None and self.done % self.keeper.every == 0:
+                self._keep()
+
+    def _agree(self, stop: bool, failed: Exception | None, why: str | None) -> tuple[bool, str | None]:
+        said = hosts.gather([stop, failed is not None, why is not None, self.chunk_length])
+        if failed is not None:
+            raise failed
+        if said[:, 1].any():
+            raise hosts.PeerError("A callback of the first process failed; see its own error.")
+        self.chunk_length = int(said[0, 3])
+        if why is None and said[:, 2].any():
+            why = "Another process was told to stop."
+        return bool(said[:, 0].any()), why
+
     def _callback_due(self) -> bool:
-        return self.ended is not None or self.done % self.plan.judge_every == 0 or self.done >= self.steps
+        return self.done > self.told and (
+            self.done % self.plan.judge_every == 0
+            or self.ended is not None
+            or self.done >= self.settings.steps
+        )
 
-    def _call_back(self) -> None:
-        chunk, step = self.told
-        if step == self.done:
+    def _call_back(self) -> bool:
+        rows, self.told = self.record.history(self.told), self.done
+        replies = [callback(self.done, rows) for callback in self.settings.callbacks]
+        return any(reply is STOP for reply in replies)
+
+    def _halve(self) -> None:
+        """Successive halving: the worse half of the members is set aside, and a smaller program goes on."""
+        population, active = self.settings.population, self.active
+        every = population and population.halve_every
+        if not every or self.done % every or active is None or len(active) == 1:
             return
-        rows = self.history(chunk, step)
-        self.told = (len(self.rows), self.done)
-        replies = [callback(self.done, rows) for callback in self.callbacks]
-        if any(reply is STOP for reply in replies):
-            self.ended = self.ended or (Status.INTERRUPTED, "A callback returned STOP.")
+        member, shards = self.carry.member, self._member_shards()
+        values = np.asarray(self._row()["value"] if member.best is None else member.best.value)
+        keep = survivors(values, np.asarray(member.status) == Status.DIVERGED, shards)
+        if len(keep) == len(active):
+            return
+        drop = np.setdiff1d(np.arange(len(active)), keep)
+        choose = loop.compiled_choice(self.plan)
+        self.dropped.append((active[drop], _dropped(choose(self.carry, drop).member)))
+        self.carry, self.active = choose(self.carry, keep), active[keep]
 
-    # --- what is reported ---
+    def _member_shards(self) -> int:
+        placement = self.settings.placement
+        axis = placement and placement.population_axis
+        return placement.mesh.shape[axis] if placement and axis else 1
 
-    def _row(self) -> dict[str, float]:
-        if not self.rows:
-            return {}
-        return dict(zip(self.plan.columns, self.rows[-1][-1].tolist(), strict=True))
+    def member(self) -> loop.Member:
+        """The run, or all members of the population, dropped ones included."""
+        if not self.dropped:
+            return self.carry.member
+        places = np.argsort(np.concatenate([*(places for places, _ in self.dropped), self.active]))
+        return _gathered([*(part for _, part in self.dropped), self.carry.member], places)
 
-    def history(self, chunk: int = 0, step: int = 0) -> dict[str, np.ndarray]:
-        """The rows from a chunk on, whose first outer step is given, as columns."""
-        nothing = np.zeros((0, len(self.plan.columns)))
-        rows = np.concatenate(self.rows[chunk:] or [nothing])
-        steps = step + np.arange(len(rows))
-        history: dict[str, np.ndarray] = {"step": steps}
-        for name, column in zip(self.plan.columns, rows.T, strict=True):
-            if name in _BOOLEAN:
-                column = column.astype(bool)
-            elif name in _INTEGER:
-                column = column.astype(np.int32)
-            elif name in self.plan.judged_columns:
-                column = np.where(steps % self.plan.judge_every == 0, column, np.nan).astype(rows.dtype)
-            history[name] = np.ascontiguousarray(column)
-        history["seconds"] = np.concatenate(self.seconds[chunk:] or [np.zeros(0)])
-        return history
+    # --- ends ---
+
+    def _stop_at_once(self) -> None:
+        """A second Ctrl-C: keep the chunk under way only if it is done within moments."""
+        if self.pending is not None:
+            self._wait(_GRACE_SECONDS)
+            if not self.pending[0].step.is_ready():
+                raise KeyboardInterrupt(
+                    f"stopped at once: outer steps {self.done} and later are lost"
+                    + (f"; checkpoints are in {self.keeper.path}" if self.keeper else "")
+                )
+            self._collect()
+        if _deleted(self.carry):
+            raise KeyboardInterrupt("stopped at once, while a program was being compiled")
+        self.ended = self.ended or (Status.INTERRUPTED, "Interrupted by the user.")
+
+    def _fail(self, error: Exception) -> None:
+        """What was computed goes along with an error: of a callback or an iterable, or of the devices."""
+        self.ended = Status.INTERRUPTED, f"{type(error).__name__} in a callback or an iterable."
+        if _deleted(self.carry) or isinstance(error, jax.errors.JaxRuntimeError):
+            return  # a device failed in the middle of a chunk that it had been given, or a process is gone
+        self._keep()
+        _attach(error, self.result()[0])
+
+    def _keep(self) -> None:
+        """Write a checkpoint."""
+        if self.keeper is None or not self.done or self.keeper.kept == self.done:
+            return
+        problem = self.keeper.save(self)
+        if problem is None:
+            return
+        self.notes = [*(note for note in self.notes if note[:14] != problem[:14]), problem]
+        with contextlib.suppress(RuntimeWarning):  # the run goes on even where warnings are errors
+            warnings.warn(problem, RuntimeWarning, stacklevel=2)
+
+    def _finish(self) -> Result:
+        result, warned = self.result()
+        if warned and (hosts.first() or not self.settings.spans_hosts):
+            try:
+                warnings.warn(warned, RuntimeWarning, stacklevel=4)
+            except RuntimeWarning as error:
+                _attach(error, result)
+                raise
+        return result
+
+    def _row(self) -> dict[str, Any]:
+        return {
+            name: column if self.active is None else column[self.active]
+            for name, column in self.record.last().items()
+        }
 
     def result(self) -> tuple[Result, str]:
         """The result of the run as it stands, and what deserves a warning."""
-        state, history = self.carry.state, self.history()
-        params, hparams = state.params, self.carry.hparams
-        best = self._best(params, hparams, history)
         status, message = self.ended or (Status.INTERRUPTED, "Interrupted by the user.")
-        status, advice, warned = diagnosis.final(status, history, self.may_rest)
-        result = Result(
-            params=params,
-            hparams=hparams,
-            best=best,
-            history=history,
-            trajectory=self._trajectory(hparams),
-            status=status,
-            message=" ".join([message, *advice]),
-            seconds=time.perf_counter() - self.began,
-            test=self._test(params, hparams, best),
-            model_state=state.model_state,
-            state=state,
+        result, warned = report.result(
+            self.plan, self.member(), self.record, self.sources[1], self.test, status, message
         )
-        return result, " ".join(warned)
+        placement = self.settings.placement
+        result = dataclasses.replace(
+            result,
+            message=" ".join([result.message, *self.notes]),
+            seconds=time.perf_counter() - self.began,
+        )
+        return (result if placement is None else placement.returned_result(result)), warned
 
-    def _best(self, params, hparams, history) -> Best:
-        model_state = self.carry.state.model_state
-        good = np.flatnonzero(history["accepted"])
-        if self.carry.best is None:
-            step = int(good[-1]) if len(good) else 0
-            value = float(history["value"][step]) if len(good) else float("nan")
-            return Best(params, hparams, value, step, model_state)
-        kept = self.carry.best
-        best = Best(kept[0], kept[1], float(kept[3]), int(kept[4]), kept[2])
-        if self.plan.judges and len(good):
-            # A sampled source was judged every so many steps: the pair at the end has its chance too.
-            value = float(self._measure(params, hparams, model_state, self.sources[1])[0])
-            if value < best.value:
-                return Best(params, hparams, value, self.done, model_state)
-        if np.isfinite(best.value):
-            return best
-        return Best(params, hparams, float("nan"), 0, model_state)
 
-    def _measure(self, params, hparams, model_state, source):
-        return loop.compiled_test(self.plan)(params, hparams, model_state, self.carry.key, source)
+@jax.jit
+def _gathered(parts, places):
+    return jax.tree.map(lambda *xs: jax.numpy.concatenate(xs)[places], *parts)
 
-    def _test(self, params, hparams, best) -> dict[str, dict[str, float]] | None:
-        if self.test is None:
-            return None
-        pairs = {
-            "last": (params, hparams, self.carry.state.model_state),
-            "best": (best.params, best.hparams, best.model_state),
-        }
-        measured = {}
-        for name, pair in pairs.items():
-            value, metrics = self._measure(*pair, self.test)
-            measured[name] = {"value": float(value), **{k: float(v) for k, v in metrics.items()}}
-        return measured
 
-    def _trajectory(self, hparams) -> Trajectory:
-        last = loop.unpack_trail(loop.last_trail(hparams, self.carry.trail.dtype), hparams)
-        pieces = [*self.trail, (np.array([self.done]), last)]
-        steps = np.concatenate([steps for steps, _ in pieces])
-        keep = np.arange(len(steps)) % (-(-len(steps) // _TRAJECTORY_ROWS)) == 0
-        keep[-1] = True
-        leaves = [np.concatenate(parts)[keep] for parts in zip(*(p for _, p in pieces), strict=True)]
-        tree = jax.tree.unflatten(jax.tree.structure(hparams), leaves)
-        return Trajectory(steps[keep], tree, loop.quantile_leaves(hparams))
+@jax.jit
+def _dropped(member: loop.Member) -> loop.Member:
+    running = member.status == Status.RUNNING
+    return dataclasses.replace(
+        member, status=jax.numpy.where(running, jax.numpy.int32(Status.DROPPED), member.status)
+    )
+
+
+def _deleted(carry) -> bool:
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(carry))
 
 
 def _attach(error: BaseException, result: Result) -> None:
     error.partial_result = result  # type: ignore[attr-defined]
     error.add_note("bilevel: what was computed is in this exception's partial_result.")
-
-
-class Interrupt:
-    """Turns the first Ctrl-C into a wish to stop after the chunk; the second one raises at once."""
-
-    seen = False
-
-    def __enter__(self):
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def _handle(self, number, frame):
-        if self.seen:
-            raise KeyboardInterrupt
-        self.seen = True
-
-    def __exit__(self, *exc):
-        if self._main:
-            signal.signal(signal.SIGINT, self._previous)

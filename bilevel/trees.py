@@ -1,4 +1,4 @@
-"""Settings laid out over a tree: by a matching tree, a prefix of it, or names of some of its parts."""
+"""Settings laid out over a tree (a matching tree, a prefix, names of some parts), and questions to leaves."""
 
 from __future__ import annotations
 
@@ -53,3 +53,10 @@ def _children(tree) -> dict[str, Any]:
     """One level down, in the order of the leaves; empty for an array."""
     pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
     return {jax.tree_util.keystr(path): child for path, child in pairs if path}
+
+
+def readable(leaf) -> bool:
+    """Whether the values of a leaf can be read here: no tracer, no shape, not spread over processes."""
+    if isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        return False
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated

@@ -26,6 +26,7 @@ from bilevel.problem import (
     inner_value,
     outer_value,
 )
+from bilevel.trees import readable
 
 
 def name_of(path) -> str:
@@ -45,7 +46,7 @@ def floating(tree: PyTree, name: str, *, allow_python: bool = True) -> PyTree:
 
     def convert(path, leaf):
         where = name + name_of(path)
-        if not isinstance(leaf, jax.Array):
+        if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
             if isinstance(leaf, str) or not (allow_python or hasattr(leaf, "dtype")):
                 raise TypeError(f"{where} must be a floating number or array, got {leaf!r}.")
             try:
@@ -64,6 +65,8 @@ def floating(tree: PyTree, name: str, *, allow_python: bool = True) -> PyTree:
             raise ValueError(
                 f"{where} is empty: shape {leaf.shape}; drop the leaf, or put None in its place."
             )
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
         if isinstance(leaf, np.ndarray):
             return jnp.asarray(leaf)
         return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
@@ -79,7 +82,7 @@ def strong(tree: PyTree) -> PyTree:
 def finite(tree: PyTree, name: str) -> None:
     """ValueError where a concrete leaf holds a number that is not finite."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if isinstance(leaf, jax.core.Tracer) or not leaf.is_fully_addressable:
+        if not readable(leaf):
             continue
         array = np.asarray(leaf)
         if not np.isfinite(array).all():

@@ -316,9 +316,11 @@ OTHER = {
     *("accelerated", "epoch_sgd", "lbfgs", "newton", "newton_cg", "optax_loop", "picard"),
     *("Problem", "FixedPoint", "composite", "lift", "hypergradient", "optimize", "load", "argmin"),
     "check_hypergradient",
-    "pmean",
+    *("pmean", "population", "checkpoints", "memory"),
     *(
         "Best",
+        "Members",
+        "Memory",
         "Result",
         "Trajectory",
         "Counts",

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import bilevel
-from bilevel import checkpoint, inner_loops, loop
+from bilevel import archive, inner_loops, loop
 
 RNG = np.random.default_rng(0)
 DATA = {"x": RNG.normal(size=(8, 3)), "y": RNG.normal(size=8)}
@@ -66,7 +66,7 @@ def refuses(call, error, fragments):
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
-    assert caught.type in (error, checkpoint.MissingFileError), f"a {caught.type.__name__} slipped through"
+    assert caught.type in (error, archive.MissingFileError), f"a {caught.type.__name__} slipped through"
     assert "\n" not in message
     assert message.endswith(".")
     for fragment in fragments:
@@ -990,9 +990,6 @@ def test_dense_names_its_limit():
 # --- Slots whose behaviour comes later -------------------------------------------------------------------
 
 LATER = [
-    ("mesh", lambda: by_optimize(mesh=1), "mesh="),
-    ("checkpoint", lambda: by_optimize(checkpoint="run.ckpt"), "checkpoint="),
-    ("population", lambda: by_optimize(population=4), "population="),
     ("smoothness", lambda: problem(smoothness=1.0), "moothness"),
     ("Smoothness", lambda: bilevel.Smoothness(1.0, 1.0, 1.0), "Smoothness"),
     ("integer", lambda: bilevel.integer(1, 5), "integer"),
@@ -1142,12 +1139,12 @@ def test_pickled_objects_in_a_file_of_ours(tmp_path):
 
 def test_file_of_another_kind(tmp_path):
     path = tmp_path / "state.bilevel"
-    checkpoint.write(path, {"state": np.zeros(3)}, {"kind": "checkpoint"})
+    archive.write(path, {"state": np.zeros(3)}, {"kind": "checkpoint"})
     refuses_file(path, ("path", "checkpoint", "not a result"))
 
 
 def test_newer_version(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_VERSION", 0)
+    monkeypatch.setattr(archive, "_VERSION", 0)
     refuses_file(saved, ("path",))
 
 
@@ -1188,6 +1185,6 @@ def test_saving_into_no_folder(tmp_path):
 
 
 def test_saving_what_is_no_array(tmp_path):
-    checkpoint.write(tmp_path / "x", {"a": 1.0}, {})
-    refuses(lambda: checkpoint.write(tmp_path / "y", {"a": object()}, {}), TypeError, ["arrays", "object"])
+    archive.write(tmp_path / "x", {"a": 1.0}, {})
+    refuses(lambda: archive.write(tmp_path / "y", {"a": object()}, {}), TypeError, ["arrays", "object"])
     assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -29,7 +29,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import RIDGE, Quadratic, ridge
 
 import bilevel
-from bilevel import checkpoint
+from bilevel import archive
 from bilevel.problem import NONE, RESIDUAL, Draw, Point
 
 TRAIN_ROWS, VALID_ROWS = 40, 200
@@ -328,8 +328,8 @@ def test_memory_warm_starts_and_survives_a_file(row, tmp_path):
     cold, state = estimate_once(row, estimator, w)
     warm, _ = estimate_once(row, estimator, w + 1e-6, state)
     assert 0 < int(warm.solve.steps) < int(cold.solve.steps)
-    checkpoint.write(tmp_path / "state.npz", {"state": state}, {})
-    trees, _ = checkpoint.read(tmp_path / "state.npz", like={"state": state})
+    archive.write(tmp_path / "state.npz", {"state": state}, {})
+    trees, _ = archive.read(tmp_path / "state.npz", like={"state": state})
     again, _ = estimate_once(row, estimator, w + 1e-6, trees["state"])
     chex.assert_trees_all_equal(warm, again)
 
@@ -393,8 +393,8 @@ def test_state_survives_a_file_in_mid_run(row, tmp_path):
     state = first_state(row, -1.0, 0)
     for _ in range(2):
         state, _ = jitted_step(row)(state, *SOURCES)
-    checkpoint.write(tmp_path / "state.npz", {"state": state}, {})
-    trees, _ = checkpoint.read(tmp_path / "state.npz", like={"state": state})
+    archive.write(tmp_path / "state.npz", {"state": state}, {})
+    trees, _ = archive.read(tmp_path / "state.npz", like={"state": state})
     expected = jitted_step(row)(state, *SOURCES)
     chex.assert_trees_all_equal(jitted_step(row)(trees["state"], *SOURCES), expected)
 

@@ -15,9 +15,9 @@ from problems import RIDGE, ridge
 import bilevel
 from bilevel import STOP, Status
 
-CAPACITY = sys.modules["bilevel.optimize"], "_CAPACITY"  # the package's attribute is the function
+CAPACITY = sys.modules["bilevel.preparation"], "_CAPACITY"  # the package's attribute is the function
 CHUNK_SECONDS = sys.modules["bilevel.run"], "_CHUNK_SECONDS"
-TRAJECTORY_ROWS = sys.modules["bilevel.run"], "_TRAJECTORY_ROWS"
+TRAJECTORY_ROWS = sys.modules["bilevel.record"], "_TRAJECTORY_ROWS"
 METHOD = bilevel.alternating(
     bilevel.implicit(bilevel.dense()),
     optax.sgd(0.5),
@@ -558,7 +558,7 @@ MAP = bilevel.FixedPoint(lambda w, h, batch: w - 0.25 * jax.grad(RIDGE.inner)(w,
     ],
 )
 def test_each_kind_of_problem_and_data_has_a_default(problem, train, name):
-    module = sys.modules["bilevel.optimize"]
+    module = sys.modules["bilevel.defaults"]
     train = iter(train) if isinstance(train, list) else train
     method = module.default_method(problem, train)
     if isinstance(train, bilevel.data.Stacked):
@@ -572,7 +572,7 @@ def test_each_kind_of_problem_and_data_has_a_default(problem, train, name):
 
 
 def test_default_of_model_state_is_that_whose_inner_steps_advance_it():
-    module = sys.modules["bilevel.optimize"]
+    module = sys.modules["bilevel.defaults"]
     problem = bilevel.Problem(
         inner=lambda w, h, b, state: (RIDGE.inner(w, h, b), state + 1),
         outer=lambda w, h, b, state: RIDGE.outer(w, h, b),

@@ -109,6 +109,26 @@ def test_the_closed_form(run):
     np.testing.assert_allclose(grad, exact, rtol=1e-11)
 
 
+COMPOSITE = dataclasses.replace(
+    PROBLEM,
+    inner=bilevel.composite(
+        lambda w, h, b: jnp.tanh(b["x"] @ w) * jnp.exp(0.1 * h[0]),
+        lambda out, h, b: 0.5 * jnp.mean((out - b["y"]) ** 2) * jnp.exp(0.1 * h[1]),
+        lambda w, h: 0.5 * jnp.sum(jnp.exp(h) * w**2),
+    ),
+)
+
+
+@mapped
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_a_composite_loss_keeps_its_structure(run, curvature):
+    estimator = bilevel.implicit(bilevel.cg(50, tol=1e-13), curvature=curvature)
+    args = jnp.asarray(SOLUTION), jnp.asarray(HPARAMS)
+    expected = facts(COMPOSITE, estimator)(*args, TRAIN, VALID)
+    got = run(facts(bilevel.pmean(COMPOSITE, "data"), estimator), *args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), got, expected)
+
+
 @pytest.mark.parametrize("estimator", [EXACT, ESTIMATORS["unrolled"], ESTIMATORS["forward"]])
 def test_a_bare_mean_is_wrong_under_pmap(estimator):
     # The reason why all this exists: should it ever pass, the primitives can go.

@@ -24,6 +24,7 @@ from bilevel.constraints import BoundConstraints, bind
 from bilevel.inner_solvers import Tuned, descend, start_point, started
 from bilevel.lift import examples, refuse_sampled
 from bilevel.linear_solvers import norm, where
+from bilevel.placement import refuse_explicit
 from bilevel.problem import (
     Estimator,
     FixedPoint,
@@ -198,6 +199,7 @@ class Alternating:
 
     def step(self, problem, state, train, valid):
         """Eq. (1) to (3); rejected as a whole where a result is not finite."""
+        refuse_explicit(state=state, train=train, valid=valid)
         train, valid = data.as_source(train, "train"), data.as_source(valid, "valid")
         data.check_sources(train, valid, self._steps)
         hparams = state.hparams

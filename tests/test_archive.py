@@ -1,5 +1,8 @@
 """Files of arrays: what goes in comes out, whole or not at all."""
 
+import errno
+import hashlib
+import io
 import json
 import os
 import zipfile
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 import bilevel
-from bilevel import checkpoint
+from bilevel import archive
 
 META = {"kind": "test", "number": 0.1, "none": None, "list": [1, "a", True]}
 
@@ -92,8 +95,8 @@ TREES = st.recursive(
 @given(tree=TREES, other=TREES)
 def test_what_goes_in_comes_out(tmp_path_factory, tree, other):
     path = tmp_path_factory.mktemp("trees") / "trees.bilevel"
-    checkpoint.write(path, {"tree": tree, "other": other}, META)
-    trees, meta = checkpoint.read(path)
+    archive.write(path, {"tree": tree, "other": other}, META)
+    trees, meta = archive.read(path)
     assert meta == META
     assert list(trees) == ["tree", "other"]
     assert_same(tree, trees["tree"])
@@ -120,8 +123,8 @@ def test_what_goes_in_comes_out(tmp_path_factory, tree, other):
 )
 def test_leaves(tmp_path, leaf):
     path = tmp_path / "leaf.bilevel"
-    checkpoint.write(path, {"leaf": leaf, "nested": [leaf, (leaf,)]}, {})
-    trees, _ = checkpoint.read(path)
+    archive.write(path, {"leaf": leaf, "nested": [leaf, (leaf,)]}, {})
+    trees, _ = archive.read(path)
     assert_same(leaf, trees["leaf"])
     assert_same([leaf, (leaf,)], trees["nested"])
 
@@ -129,15 +132,17 @@ def test_leaves(tmp_path, leaf):
 def test_files_hold_plain_arrays(tmp_path):
     """Readable without this library: npy members beside a manifest, nothing pickled."""
     path = tmp_path / "run.bilevel"
-    checkpoint.write(path, {"a": {"x": np.arange(3)}, "b": jnp.ones(2, jnp.bfloat16)}, META)
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None
-        manifest = json.loads(archive.read("manifest.json"))
-        arrays = [name for name in archive.namelist() if name != "manifest.json"]
-        with archive.open("0.npy") as member:
+    archive.write(path, {"a": {"x": np.arange(3)}, "b": jnp.ones(2, jnp.bfloat16)}, META)
+    with zipfile.ZipFile(path) as file:
+        assert file.testzip() is None
+        manifest = json.loads(file.read("manifest.json"))
+        arrays = [name for name in file.namelist() if name != "manifest.json"]
+        with file.open("0.npy") as member:
             np.testing.assert_array_equal(np.load(member, allow_pickle=False), np.arange(3))
     assert arrays == ["0.npy", "1.npy"]
-    assert (manifest["format"], manifest["version"]) == ("bilevel", 1)
+    assert (manifest["format"], manifest["version"]) == ("bilevel", 2)
+    with np.load(path, allow_pickle=False) as members:
+        np.testing.assert_array_equal(members["0"], np.arange(3))
     assert manifest["meta"] == META
 
 
@@ -152,17 +157,17 @@ class Pair(NamedTuple):
 def test_named_tuples(tmp_path):
     path = tmp_path / "pair.bilevel"
     tree = {"net": [Pair(np.arange(3.0), {"c": np.ones(2)}), None], "plain": (np.zeros(1),)}
-    checkpoint.write(path, {"tree": tree}, {})
+    archive.write(path, {"tree": tree}, {})
     with pytest.raises(ValueError, match="Pair.*like="):
-        checkpoint.read(path)
+        archive.read(path)
     like = {"net": [Pair(0, {"c": 0}), None], "plain": (0,)}
-    assert_same(tree, checkpoint.read(path, {"tree": like})[0]["tree"])
+    assert_same(tree, archive.read(path, {"tree": like})[0]["tree"])
 
 
 def test_dicts_with_other_keys(tmp_path):
     path = tmp_path / "dict.bilevel"
-    checkpoint.write(path, {"tree": {0: np.zeros(1), 1: np.ones(2)}}, {})
-    assert_same({0: np.zeros(1), 1: np.ones(2)}, checkpoint.read(path, {"tree": {0: 0, 1: 0}})[0]["tree"])
+    archive.write(path, {"tree": {0: np.zeros(1), 1: np.ones(2)}}, {})
+    assert_same({0: np.zeros(1), 1: np.ones(2)}, archive.read(path, {"tree": {0: 0, 1: 0}})[0]["tree"])
 
 
 class Nothing(NamedTuple):
@@ -172,8 +177,8 @@ class Nothing(NamedTuple):
 def test_containers_without_leaves(tmp_path):
     path = tmp_path / "empty.bilevel"
     tree = {"a": Nothing(), "b": [Nothing(), {}, (), [], None]}
-    checkpoint.write(path, {"tree": tree}, {})
-    restored = checkpoint.read(path, {"tree": tree})[0]["tree"]
+    archive.write(path, {"tree": tree}, {})
+    restored = archive.read(path, {"tree": tree})[0]["tree"]
     assert jax.tree.structure(restored) == jax.tree.structure(tree)
     assert type(restored["a"]) is Nothing
 
@@ -183,8 +188,8 @@ def test_optimiser_states(tmp_path):
     params = {"w": jnp.ones(3), "b": jnp.zeros((), jnp.bfloat16)}
     optimiser = optax.chain(optax.clip(1.0), optax.adam(1e-3))
     _, state = optimiser.update(params, optimiser.init(params), params)
-    checkpoint.write(path, {"state": state}, {})
-    restored = checkpoint.read(path, {"state": optimiser.init(params)})[0]["state"]
+    archive.write(path, {"state": state}, {})
+    restored = archive.read(path, {"state": optimiser.init(params)})[0]["state"]
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
         assert_same(a, b)
@@ -194,11 +199,11 @@ def test_flax_states(tmp_path):
     nnx = pytest.importorskip("flax.nnx")
     path = tmp_path / "model.bilevel"
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
-    checkpoint.write(path, {"model": {"of": state}}, {})
+    archive.write(path, {"model": {"of": state}}, {})
     with pytest.raises(ValueError, match="State.*like="):
-        checkpoint.read(path)
+        archive.read(path)
     blank = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(1)), nnx.Param)
-    restored = checkpoint.read(path, {"model": {"of": blank}})[0]["model"]["of"]
+    restored = archive.read(path, {"model": {"of": blank}})[0]["model"]["of"]
     assert type(restored) is type(state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     kernel, blank_kernel = (np.asarray(x["kernel"].get_value()) for x in (restored, blank))
@@ -236,35 +241,120 @@ FAILURES = {
 def test_a_failing_write_leaves_what_was(tmp_path, monkeypatch, failure, there):
     path = tmp_path / "run.bilevel"
     if there:
-        checkpoint.write(path, {"a": np.arange(3)}, META)
+        archive.write(path, {"a": np.arange(3)}, META)
     module, name, call, error = FAILURES[failure]
     monkeypatch.setattr(module, name, fails_at(call, getattr(module, name), error))
     with pytest.raises(type(error)):
-        checkpoint.write(path, {"a": np.zeros(5), "b": np.zeros(5)}, {})
+        archive.write(path, {"a": np.zeros(5), "b": np.zeros(5)}, {})
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == (["run.bilevel"] if there else [])
     if there:
-        trees, meta = checkpoint.read(path)
+        trees, meta = archive.read(path)
         assert_same(np.arange(3), trees["a"])
         assert meta == META
 
 
 def test_what_json_cannot_hold_leaves_what_was(tmp_path):
     path = tmp_path / "run.bilevel"
-    checkpoint.write(path, {"a": np.arange(3)}, {})
+    archive.write(path, {"a": np.arange(3)}, {})
     with pytest.raises(TypeError):
-        checkpoint.write(path, {"a": np.zeros(5)}, {"meta": object()})
+        archive.write(path, {"a": np.zeros(5)}, {"meta": object()})
     assert [p.name for p in tmp_path.iterdir()] == ["run.bilevel"]
-    assert_same(np.arange(3), checkpoint.read(path)[0]["a"])
+    assert_same(np.arange(3), archive.read(path)[0]["a"])
 
 
 def test_paths(tmp_path, monkeypatch):
     """Text or Path, relative or absolute; a second write replaces the first."""
     monkeypatch.chdir(tmp_path)
     for path in ("run", Path("run"), str(tmp_path / "run")):
-        checkpoint.write(path, {"a": np.array(str(path) == "run")}, {})
-        assert checkpoint.read(path)[0]["a"] == (str(path) == "run")
+        archive.write(path, {"a": np.array(str(path) == "run")}, {})
+        assert archive.read(path)[0]["a"] == (str(path) == "run")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(archive.MissingFileError, match="none does not exist"):
+        archive.write(tmp_path / "none" / "run", {"a": np.zeros(1)}, {})
+
+
+def test_files_and_their_folder_are_flushed_in_order(tmp_path, monkeypatch):
+    """The content before the name, the name before the end."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def flush(number):
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{number}") else "file")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("name"), replace(a, b)))
+    archive.write(tmp_path / "run", {"a": np.zeros(1)}, {})
+    assert done == ["file", "name", "folder"]
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_folders_that_cannot_be_flushed(tmp_path, monkeypatch, call):
+    """Windows opens no folders, some network drives flush none."""
+    number = 1 if call == "open" else 2
+    error = PermissionError("denied") if call == "open" else OSError(errno.EINVAL, "invalid")
+    monkeypatch.setattr(os, call, fails_at(number, getattr(os, call), error))
+    archive.write(tmp_path / "run", {"a": np.arange(3)}, {})
+    assert_same(np.arange(3), archive.read(tmp_path / "run")[0]["a"])
+
+
+# --- Damage -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory):
+    """The bytes of a file with some of everything."""
+    path = tmp_path_factory.mktemp("content") / "run"
+    rng = np.random.default_rng(0)
+    trees = {"state": [rng.normal(size=(30, 10)), jnp.ones(3, jnp.bfloat16), jax.random.key(1)], "none": None}
+    archive.write(path, trees, META)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("form", [bytes, memoryview])
+def test_content_is_read_as_its_file_is(content, form):
+    trees, meta = archive.read(form(content))
+    assert meta == META
+    np.testing.assert_array_equal(trees["state"][0], np.random.default_rng(0).normal(size=(30, 10)))
+    assert archive.intact(form(content))
+
+
+def test_no_damage_goes_unnoticed(content, tmp_path):
+    rng = np.random.default_rng(0)
+    damaged = []
+    for place, bits in zip(rng.integers(len(content), size=700), rng.integers(1, 256, size=700), strict=True):
+        flipped = bytearray(content)
+        flipped[place] ^= bits
+        damaged.append(bytes(flipped))
+    damaged += [content[:size] for size in rng.integers(len(content), size=250)]
+    damaged += [content[size:] for size in rng.integers(1, len(content), size=25)]
+    damaged += [content + b"0" * size for size in range(1, 26)]
+    assert len(damaged) == 1000
+    for one in damaged:
+        assert not archive.intact(one)
+        with pytest.raises(ValueError, match="damaged"):
+            archive.read(one)
+    for one in damaged[::100]:
+        (tmp_path / "run").write_bytes(one)
+        with pytest.raises(ValueError, match=r"path: .*run is not .* or it is damaged"):
+            archive.read(tmp_path / "run")
+
+
+def test_whole_files_of_another_kind(tmp_path):
+    """A digest that is right makes nobody's bytes a file of ours, nor a newer version readable."""
+    stream = io.BytesIO()
+    manifest = {"format": "bilevel", "version": 3, "trees": {}, "dtypes": [], "meta": {}}
+    with zipfile.ZipFile(stream, "w") as file:
+        file.comment = b"0" * 64
+        file.writestr("manifest.json", json.dumps(manifest))
+    for body, reason in ((stream.getvalue()[:-64], "newer version"), (b"nothing", "zip")):
+        sealed = body + hashlib.sha256(body).hexdigest().encode()
+        assert archive.intact(sealed)
+        with pytest.raises(ValueError, match=reason):
+            archive.read(sealed)
 
 
 # --- Results ----------------------------------------------------------------------------------------------

@@ -1,0 +1,241 @@
+"""Pytrees of arrays on disk: one zip file of plain ``.npy`` members and a JSON manifest, no pickle.
+
+Files appear whole or not at all (written aside, flushed, renamed). The comment at the end of the zip file
+is the SHA-256 digest of all bytes before it, so that any damage is found before anything is read. Dicts,
+lists, tuples and None are restored as they were; any other container (a NamedTuple, a flax State, a
+dataclass) comes back through ``like``, a tree of the same structure.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import secrets
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.problem import PyTree
+
+_FORMAT, _VERSION = "bilevel", 2
+_DIGEST = 64  # characters of a SHA-256 digest
+_BLOCK = 1 << 20
+
+
+class MissingFileError(FileNotFoundError, ValueError):
+    """A path that names no file, or a file in no folder."""
+
+
+def write(path: str | os.PathLike, trees: dict[str, PyTree], meta: dict) -> None:
+    """Write named trees of arrays, and metadata that JSON can hold.
+
+    Args:
+      path: of the file to write; its folder must exist.
+      trees: pytrees of arrays (typed PRNG keys and bfloat16 included), by name.
+      meta: whatever JSON can hold.
+
+    Raises:
+      MissingFileError: no such folder; OSError: the file cannot be written; TypeError: a leaf that is no
+        array. The path then holds what it held before, unless it was the last thing that failed, to make the
+        new name in its folder permanent.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise MissingFileError(f"path: the folder {path.parent} does not exist; create it first.")
+    arrays: list[np.ndarray] = []
+    dtypes: list[str] = []
+
+    def put(leaf) -> int:
+        array, dtype = _to_numpy(leaf)
+        arrays.append(array)
+        dtypes.append(dtype)
+        return len(arrays) - 1
+
+    layout = {name: _encode(tree, put) for name, tree in trees.items()}
+    manifest = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "trees": layout,
+        "dtypes": dtypes,
+        "meta": meta,
+    }
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "x+b") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                archive.comment = b"0" * _DIGEST
+                archive.writestr("manifest.json", json.dumps(manifest))
+                for i, array in enumerate(arrays):
+                    with archive.open(f"{i}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+            _seal(file)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def intact(content: bytes | memoryview) -> bool:
+    """Whether this is the content of a file as `write` left it, to the last bit."""
+    content = memoryview(content)
+    return hashlib.sha256(content[:-_DIGEST]).hexdigest().encode() == content[-_DIGEST:]
+
+
+def read(
+    source: str | os.PathLike | bytes | memoryview, like: dict[str, PyTree] | None = None
+) -> tuple[dict, dict]:
+    """The named trees (numpy arrays; PRNG keys as keys) and the metadata of a file.
+
+    Args:
+      source: path of a file written by `write`, or the content of one.
+      like: trees of the same structure, by name, for containers other than dict, list, tuple, None.
+
+    Raises:
+      MissingFileError: no such file; ValueError: not such a file, damaged, or another structure.
+    """
+    if isinstance(source, (bytes, memoryview)):
+        path: str | Path = "the content given"
+        content = source
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise MissingFileError(f"path: there is no file {path}.")
+        content = path.read_bytes()
+    try:
+        if not intact(content):
+            raise ValueError("its digest is not that of its content")
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            manifest = json.loads(archive.read("manifest.json"))
+            if manifest["format"] != _FORMAT or manifest["version"] > _VERSION:
+                raise ValueError("another format or a newer version")
+            layouts, meta = dict(manifest["trees"]), dict(manifest["meta"])
+            leaves = []
+            for i, dtype in enumerate(manifest["dtypes"]):
+                with archive.open(f"{i}.npy") as member:
+                    array = np.lib.format.read_array(member, allow_pickle=False)
+                leaves.append(_from_numpy(array, dtype))
+            _check(layouts, len(leaves))
+    except (zipfile.BadZipFile, KeyError, IndexError, ValueError, EOFError, TypeError) as error:
+        raise ValueError(
+            f"path: {path} is not a file that bilevel wrote, or it is damaged ({error})."
+        ) from error
+    like = like or {}
+    trees = {name: _decode(layout, leaves, like.get(name), name) for name, layout in layouts.items()}
+    return trees, meta
+
+
+def _seal(file) -> None:
+    """Put the digest of a file's content in the place that is kept for it at the end."""
+    file.flush()
+    left = file.seek(0, os.SEEK_END) - _DIGEST
+    file.seek(0)
+    digest = hashlib.sha256()
+    while left:
+        block = file.read(min(left, _BLOCK))
+        if not block:
+            raise OSError(errno.EIO, "the file became shorter while it was written")
+        digest.update(block)
+        left -= len(block)
+    file.seek(-_DIGEST, os.SEEK_END)
+    file.write(digest.hexdigest().encode())
+    file.flush()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a new name in a folder last, where the system lets folders be opened and flushed."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(number)
+
+
+def _check(layout, leaves: int) -> None:
+    """The layouts of a manifest refer to leaves that are there."""
+    if isinstance(layout, dict) and "is" in layout:
+        if layout["is"] not in ("dict", "list", "tuple", "other"):
+            raise ValueError(f"a container of kind {layout['is']!r}")
+        layout = layout["leaves"] if layout["is"] == "other" else layout["of"]
+    if isinstance(layout, (dict, list)):
+        for child in layout.values() if isinstance(layout, dict) else layout:
+            _check(child, leaves)
+    elif layout is not None and not (type(layout) is int and 0 <= layout < leaves):
+        raise ValueError("a leaf that is not there")
+
+
+def _to_numpy(leaf) -> tuple[np.ndarray, str]:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(leaf)), f"key:{jax.random.key_impl(leaf)}"
+    array = np.asarray(leaf)
+    if array.dtype.kind == "O":
+        raise TypeError(f"only arrays can be saved, got {leaf!r:.80}.")
+    name = array.dtype.name
+    # The extended floats (bfloat16, float8) have no .npy description.
+    return (array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array), name
+
+
+def _from_numpy(array: np.ndarray, dtype: str):
+    if dtype.startswith("key:"):
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=dtype.removeprefix("key:"))
+    return array if array.dtype.name == dtype else array.view(jnp.dtype(dtype))
+
+
+def _encode(tree: PyTree, put) -> Any:
+    """JSON of the structure; an int is the number of a leaf."""
+    if tree is None:
+        return None
+    if type(tree) in (list, tuple):
+        return {"is": type(tree).__name__, "of": [_encode(child, put) for child in tree]}
+    if type(tree) is dict and all(isinstance(key, str) for key in tree):
+        return {"is": "dict", "of": {key: _encode(child, put) for key, child in tree.items()}}
+    if jax.tree_util.all_leaves([tree]):
+        return put(tree)
+    children = jax.tree.leaves(tree)
+    return {"is": "other", "type": type(tree).__name__, "leaves": [put(leaf) for leaf in children]}
+
+
+def _decode(layout, leaves, like, name: str):
+    if layout is None:
+        return None
+    if isinstance(layout, int):
+        return leaves[layout]
+    if layout["is"] == "other":
+        if like is None:
+            raise ValueError(
+                f"{name} holds a {layout['type']}, which cannot be restored by itself; pass like=, values of "
+                "the same structure."
+            )
+        stored = [leaves[i] for i in layout["leaves"]]
+        treedef: Any = jax.tree.structure(like)
+        if treedef.num_leaves != len(stored):
+            raise ValueError(
+                f"like: {name} has {treedef.num_leaves} leaves there and {len(stored)} in the file."
+            )
+        return jax.tree.unflatten(treedef, stored)
+    if layout["is"] == "dict":
+        of = layout["of"]
+        if like is not None and (not isinstance(like, dict) or set(like) != set(of)):
+            raise ValueError(
+                f"like: {name} is a dict of {sorted(of)} in the file, got {type(like).__name__}."
+            )
+        return {k: _decode(v, leaves, like and like[k], f"{name}[{k!r}]") for k, v in of.items()}
+    of = layout["of"]
+    if like is not None and (not isinstance(like, (list, tuple)) or len(like) != len(of)):
+        raise ValueError(f"like: {name} is a {layout['is']} of {len(of)} in the file.")
+    children = [_decode(v, leaves, like and like[i], f"{name}[{i}]") for i, v in enumerate(of)]
+    return children if layout["is"] == "list" else tuple(children)

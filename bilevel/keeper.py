@@ -1,0 +1,227 @@
+"""A run and its checkpoints: what is written, when it may go on from there, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import archive, data, fingerprint, hosts, loop
+from bilevel.checkpoint import Checkpoints, Folder, check_same_run, versions
+from bilevel.feed import Feed
+from bilevel.placement import Placement, put
+from bilevel.problem import Status
+
+
+class Keeper:
+    """Writes the checkpoints of one run; of several processes only the first touches the folder.
+
+    Args:
+      spec: where, and how often.
+      same: what makes it this run and no other, see `identity`.
+      feeds: the iterables that the run draws from.
+      placement: the mesh, or None.
+    """
+
+    def __init__(
+        self, spec: Checkpoints, same: dict[str, str], feeds: list[Feed], placement: Placement | None
+    ):
+        self.every, self.path, self.kept = spec.every, spec.path, -1
+        self._same, self._feeds, self._placement = same, feeds, placement
+        self._spans = placement is not None and placement.spans_hosts
+        self._folder = Folder(spec)
+        self._open = False
+        for feed in feeds:
+            feed.resumable(spec.reread)
+
+    def __enter__(self) -> Keeper:
+        failed: Exception | None = None
+        if self._writes:
+            try:
+                self._folder.__enter__()
+                self._open = True
+            except Exception as error:
+                failed = error
+        if self._spans and hosts.gather([failed is not None])[0, 0] and failed is None:
+            raise hosts.PeerError("The first process cannot write checkpoints; see its own error.")
+        if failed is not None:
+            raise failed
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._open:
+            self._folder.__exit__(*exc)
+
+    @property
+    def _writes(self) -> bool:
+        return hosts.first() or not self._spans
+
+    def stored(self) -> tuple[dict, dict] | None:
+        """The trees and the metadata of the newest checkpoint; None where there is none.
+
+        Raises:
+          ValueError: it is one of another run, or all that there are have been damaged.
+        """
+        content: bytes | None = None
+        where = str(self.path)
+        failed: Exception | None = None
+        if self._writes:
+            try:
+                newest = self._folder.newest()
+                if newest is not None:
+                    content, where = newest[0], str(newest[1])
+            except Exception as error:
+                failed = error
+        if self._spans:
+            if hosts.gather([failed is not None])[0, 0] and failed is None:
+                raise hosts.PeerError("The first process cannot read its checkpoints; see its own error.")
+            content = hosts.share(content) if failed is None else None
+        if failed is not None:
+            raise failed
+        if content is None:
+            return None
+        trees, meta = archive.read(content)
+        if meta.get("kind") != "checkpoint":
+            raise ValueError(f"checkpoint: {where} holds a {meta.get('kind')}, not a checkpoint.")
+        stored = {**meta["same"], "versions": meta["versions"]}
+        check_same_run(stored, {**self._same, "versions": versions()}, where)
+        return trees, meta
+
+    def save(self, run) -> str | None:
+        """Write where the run stands; a sentence where that failed."""
+        members = [run.carry.member, *(part for _, part in run.dropped)]
+        trees = {
+            "members": [jax.tree.leaves(hosts.fetch(member)) for member in members],
+            "places": [
+                np.zeros(0, np.int64) if run.active is None else run.active,
+                *(p for p, _ in run.dropped),
+            ],
+            **run.record.trees(),
+        }
+        positions = json.dumps([feed.position(run.done) for feed in self._feeds])
+        every = [positions]
+        if self._spans:
+            every = [content.decode() for content in hosts.gather_bytes(positions.encode())]
+        self.kept = run.done
+        if not self._writes:
+            return None
+        meta = {
+            "kind": "checkpoint",
+            "step": run.done,
+            "told": run.told,
+            "tol": run.settings.tol,
+            "seconds": time.perf_counter() - run.began,
+            "positions": every,
+            "same": self._same,
+            "versions": versions(),
+        }
+        return self._folder.write(run.done, trees, meta)
+
+    def restore(self, run, trees: dict, meta: dict) -> None:
+        """Put a run where a checkpoint says."""
+        run.record.restore(trees)
+        run.told, self.kept = meta["told"], meta["step"]
+        run.began = time.perf_counter() - meta["seconds"]
+        members = [self._member(run, leaves) for leaves in trees["members"]]
+        if run.settings.tol < meta["tol"]:
+            members[0] = _going_on(members[0])
+        run.carry = self._carry(run, members[0])
+        if run.active is not None:
+            run.active = np.asarray(trees["places"][0])
+            run.dropped = [(np.asarray(p), m) for p, m in zip(trees["places"][1:], members[1:], strict=True)]
+        mine = meta["positions"]
+        if self._feeds and len(mine) != (jax.process_count() if self._spans else 1):
+            raise ValueError(
+                f"checkpoint: {self.path} is of a run by {len(mine)} processes, each with an iterable of its "
+                "own; go on with as many."
+            )
+        positions = json.loads(mine[jax.process_index() if self._spans else 0])
+        for feed, position in zip(self._feeds, positions, strict=True):
+            feed.seek(meta["step"], tuple(position))
+
+    def _member(self, run, leaves: list) -> loop.Member:
+        """A member, or members, of a run on its devices."""
+        like, treedef = jax.tree.flatten(run.carry.member)
+        wanted = [(x.shape[run.plan.population :], x.dtype) for x in like]
+        got = [(np.shape(x)[run.plan.population :], jnp.result_type(x)) for x in leaves]
+        if wanted != got:
+            raise ValueError(f"checkpoint: {self.path} holds a state of other shapes than this run has.")
+        if self._placement is None:
+            return jax.tree.unflatten(treedef, [_copied(leaf) for leaf in leaves])
+        shardings = jax.tree.leaves(run.plan.layout.tree().member)
+        placed = [put(leaf, s) for leaf, s in zip(leaves, shardings, strict=True)]
+        return jax.tree.unflatten(treedef, placed)
+
+    def _carry(self, run, member: loop.Member) -> loop.Carry:
+        front = (run.plan.capacity, *member.status.shape)
+
+        def empty(like):
+            rows = np.zeros((*front, like.shape[-1]), like.dtype)
+            return jnp.asarray(rows) if self._placement is None else put(rows, self._everywhere)
+
+        step = np.int32(run.done)
+        return loop.Carry(
+            member=member,
+            rows=empty(run.carry.rows),
+            trail=empty(run.carry.trail),
+            step=jnp.asarray(step) if self._placement is None else put(step, self._everywhere),
+        )
+
+    @property
+    def _everywhere(self):
+        assert self._placement is not None
+        return self._placement.sharding()
+
+
+def _copied(leaf):
+    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.array(leaf, copy=True)
+
+
+def _going_on(member: loop.Member) -> loop.Member:
+    """What has converged to a larger tolerance goes on."""
+    status = jnp.where(member.status == Status.CONVERGED, Status.RUNNING, member.status)
+    return dataclasses.replace(member, status=status.astype(jnp.int32))
+
+
+def identity(plan: loop.Plan, arguments: tuple, test) -> dict[str, str]:
+    """What makes a run the same: its program, traced without a mesh, and all that it begins with.
+
+    Args:
+      plan: of the run.
+      arguments: params, hparams, key, train, valid, model state: those of `loop.compiled_start`.
+      test: third source, or None.
+    """
+    bare = dataclasses.replace(plan, layout=None, axis=None)
+    params, hparams, key, *sources, model_state = arguments
+    train, valid, test = (_unplaced(source) for source in (*sources, test))
+    carry = loop.abstract_start(bare, params, hparams, key, train, valid, model_state)
+    bounds = np.int32(0), np.float64(0)
+    traced = loop.compiled(bare).trace(carry, *bounds, train, valid, test)
+    trees = {
+        "params": params, "hparams": hparams, "key": key, "train": train, "valid": valid, "test": test,
+        "model_state": model_state,
+    }  # fmt: skip
+    sampling = {
+        f"sampling of {name}": repr(source)
+        for name, source in (("train", train), ("valid", valid))
+        if isinstance(source, data.Minibatches)
+    }
+    return {
+        "program": fingerprint.program(traced.jaxpr),
+        **{name: fingerprint.arrays(tree) for name, tree in trees.items() if tree is not None},
+        **sampling,
+    }
+
+
+def _unplaced(source: Any):
+    """The source, sampled as it is, without a word of the mesh it lies on."""
+    if isinstance(source, data.WithRng):
+        return data.WithRng(_unplaced(source.source))
+    if isinstance(source, data.Minibatches) and any(source.shardings):
+        return dataclasses.replace(source, asked=source.strata, shardings=())
+    return source
