@@ -71,13 +71,15 @@ def shared(tree: PyTree) -> bool:
 
 @contextlib.contextmanager
 def watched(spans: bool) -> Iterator[None]:
-    """Says in words that another process is gone, where a collective of a run that spans several has failed."""
+    """Of a run that spans several processes: the failure of one is soon known to all, and said in words."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if not spans or any(own in str(error) for own in _OWN_FAILURES):
+    except Exception as error:
+        if spans:
+            _do_not_wait()
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        if not spans or not lost or any(own in str(error) for own in _OWN_FAILURES):
             raise
-        _do_not_wait()
         raise PeerError(
             "Another process of this run has ended or cannot be reached, so that none can go on. Start all "
             "processes again; with checkpoint= they go on from the last checkpoint."
@@ -89,7 +91,7 @@ _OWN_FAILURES = ("RESOURCE_EXHAUSTED", "CpuCallback", "INVALID_ARGUMENT")
 
 
 def _do_not_wait() -> None:
-    """At exit JAX would wait for the process that is gone, a minute or more."""
+    """At exit JAX would wait for processes that are gone, or that wait for this one: a minute or more."""
     with contextlib.suppress(ImportError):
         from jax._src.api import clean_up
 

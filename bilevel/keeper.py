@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import time
+import weakref
 from typing import Any
 
 import jax
@@ -21,6 +23,8 @@ from bilevel.problem import Status
 class Keeper:
     """Writes the checkpoints of one run; of several processes only the first touches the folder.
 
+    A thread writes, so that the run goes on meanwhile; one file at a time.
+
     Args:
       spec: where, and how often.
       same: what makes it this run and no other, see `identity`.
@@ -36,6 +40,8 @@ class Keeper:
         self._spans = placement is not None and placement.spans_hosts
         self._folder = Folder(spec)
         self._open = False
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "bilevel-checkpoints")
+        self._writing: concurrent.futures.Future[str | None] | None = None
         for feed in feeds:
             feed.resumable(spec.reread)
 
@@ -54,6 +60,7 @@ class Keeper:
         return self
 
     def __exit__(self, *exc) -> None:
+        self._writer.shutdown()
         if self._open:
             self._folder.__exit__(*exc)
 
@@ -93,10 +100,11 @@ class Keeper:
         return trees, meta
 
     def save(self, run) -> str | None:
-        """Write where the run stands; a sentence where that failed."""
+        """Begin to write where the run stands; a sentence where the file before could not be written."""
+        problem = self.written()
         members = [run.carry.member, *(part for _, part in run.dropped)]
         trees = {
-            "members": [jax.tree.leaves(hosts.fetch(member)) for member in members],
+            "members": [list(map(_own, jax.tree.leaves(hosts.fetch(member)))) for member in members],
             "places": [
                 np.zeros(0, np.int64) if run.active is None else run.active,
                 *(p for p, _ in run.dropped),
@@ -108,8 +116,6 @@ class Keeper:
         if self._spans:
             every = [content.decode() for content in hosts.gather_bytes(positions.encode())]
         self.kept = run.done
-        if not self._writes:
-            return None
         meta = {
             "kind": "checkpoint",
             "step": run.done,
@@ -120,7 +126,14 @@ class Keeper:
             "same": self._same,
             "versions": versions(),
         }
-        return self._folder.write(run.done, trees, meta)
+        if self._writes:
+            self._writing = self._writer.submit(self._folder.write, run.done, trees, meta)
+        return problem
+
+    def written(self) -> str | None:
+        """Wait until the last file is written; a sentence where that failed."""
+        writing, self._writing = self._writing, None
+        return writing and writing.result()
 
     def restore(self, run, trees: dict, meta: dict) -> None:
         """Put a run where a checkpoint says."""
@@ -134,14 +147,19 @@ class Keeper:
         if run.active is not None:
             run.active = np.asarray(trees["places"][0])
             run.dropped = [(np.asarray(p), m) for p, m in zip(trees["places"][1:], members[1:], strict=True)]
-        mine = meta["positions"]
-        if self._feeds and len(mine) != (jax.process_count() if self._spans else 1):
+        if self._feeds:
+            self._seek(meta)
+
+    def _seek(self, meta: dict) -> None:
+        """Each process reads on where it was itself."""
+        every = meta["positions"]
+        processes, index = (jax.process_count(), jax.process_index()) if self._spans else (1, 0)
+        if len(every) != processes:
             raise ValueError(
-                f"checkpoint: {self.path} is of a run by {len(mine)} processes, each with an iterable of its "
-                "own; go on with as many."
+                f"checkpoint: {self.path} is of a run by {len(every)} processes, each with an iterable of "
+                "its own; go on with as many."
             )
-        positions = json.loads(mine[jax.process_index() if self._spans else 0])
-        for feed, position in zip(self._feeds, positions, strict=True):
+        for feed, position in zip(self._feeds, json.loads(every[index]), strict=True):
             feed.seek(meta["step"], tuple(position))
 
     def _member(self, run, leaves: list) -> loop.Member:
@@ -178,6 +196,14 @@ class Keeper:
         return self._placement.sharding()
 
 
+def _own(leaf):
+    """A copy on the host: the next chunk takes over the memory of the run's arrays."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data: Any = np.array(jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return np.array(leaf)
+
+
 def _copied(leaf):
     return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.array(leaf, copy=True)
 
@@ -199,9 +225,12 @@ def identity(plan: loop.Plan, arguments: tuple, test) -> dict[str, str]:
     bare = dataclasses.replace(plan, layout=None, axis=None)
     params, hparams, key, *sources, model_state = arguments
     train, valid, test = (_unplaced(source) for source in (*sources, test))
-    carry = loop.abstract_start(bare, params, hparams, key, train, valid, model_state)
-    bounds = np.int32(0), np.float64(0)
-    traced = loop.compiled(bare).trace(carry, *bounds, train, valid, test)
+    shapes = jax.tree.map(_shape, (params, hparams, key, train, valid, model_state, test))
+    try:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            traced = _traced(bare, shapes)
+    except Exception:  # losses that name axes of a mesh run on one only
+        traced = _traced(bare, shapes)
     trees = {
         "params": params, "hparams": hparams, "key": key, "train": train, "valid": valid, "test": test,
         "model_state": model_state,
@@ -212,10 +241,31 @@ def identity(plan: loop.Plan, arguments: tuple, test) -> dict[str, str]:
         if isinstance(source, data.Minibatches)
     }
     return {
-        "program": fingerprint.program(traced.jaxpr),
+        "program": _program(traced),
         **{name: fingerprint.arrays(tree) for name, tree in trees.items() if tree is not None},
         **sampling,
     }
+
+
+# Digests of programs that JAX keeps traced.
+_programs: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def _program(traced: Any) -> str:
+    jaxpr = traced.jaxpr.jaxpr
+    if jaxpr not in _programs:
+        _programs[jaxpr] = fingerprint.program(traced.jaxpr)
+    return _programs[jaxpr]
+
+
+def _traced(plan: loop.Plan, shapes: tuple):
+    *start, test = shapes
+    carry = loop.compiled_start(plan).eval_shape(*start)[0]  # kept by JAX, unlike loop.abstract_start
+    return loop.compiled(plan).trace(carry, np.int32(0), np.float64(0), start[3], start[4], test)
+
+
+def _shape(leaf):
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def _unplaced(source: Any):

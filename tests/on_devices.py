@@ -1,0 +1,277 @@
+"""The worker of `test_hosts.py`: one process of a run, started as ``python on_devices.py '{"jobs": ...}'``.
+
+Settings are JSON: ``jobs`` (functions below), ``devices`` (of this process), ``processes``, ``index``,
+``port``, ``out`` (file of the results, written by the first process), and what the jobs take.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import jax
+
+SETTINGS = json.loads(sys.argv[1]) if __name__ == "__main__" else {}
+
+if SETTINGS:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", SETTINGS["devices"])
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)
+    if SETTINGS["processes"] > 1:
+        jax.distributed.initialize(
+            f"127.0.0.1:{SETTINGS['port']}",
+            SETTINGS["processes"],
+            SETTINGS["index"],
+            initialization_timeout=120,
+        )
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from implementations import ESTIMATORS, LOG_L2, METHODS
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from problems import RIDGE, ridge
+
+import bilevel
+from bilevel import hosts
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((64, 8))
+Y = X @ np.arange(8.0) + 0.3 * RNG.standard_normal(64)
+TRAIN, VALID = (X, Y), (X[:32] + 0.1, Y[:32])
+START = {"w": np.zeros(8)}, {"l2": np.full(8, 0.1)}
+
+
+def outer(params, hparams, batch):
+    del hparams
+    return jnp.mean((batch[0] @ params["w"] - batch[1]) ** 2)
+
+
+def inner(params, hparams, batch):
+    return outer(params, hparams, batch) + jnp.sum(hparams["l2"] * params["w"] ** 2)
+
+
+PROBLEM = bilevel.Problem(inner, outer, constraints=bilevel.positive())
+METHOD = bilevel.alternating(
+    bilevel.implicit(bilevel.cg(5, tol=1e-12)), optax.adam(0.05), optax.adam(0.05), inner_steps=5
+)
+
+
+def mesh():
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def spread(tree):
+    """Arrays by rows over all devices, of which each process gives its own."""
+    index, processes = jax.process_index(), jax.process_count()
+    sharding = NamedSharding(mesh(), PartitionSpec("data"))
+
+    def put(array):
+        share = len(array) // processes
+        return jax.make_array_from_process_local_data(sharding, array[index * share : (index + 1) * share])
+
+    return jax.tree.map(put, tree)
+
+
+def optimize(params=START[0], hparams=START[1], train=TRAIN, valid=VALID, steps=20, **options):
+    return bilevel.optimize(PROBLEM, params, hparams, train, valid, METHOD, steps, progress=False, **options)
+
+
+def facts(result) -> dict[str, np.ndarray]:
+    """What has to be the same on any devices; the arrays of all processes."""
+    trees = hosts.fetch((result.params, result.hparams, result.best.params, result.best.hparams))
+    leaves = {f"leaf {i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trees))}
+    return leaves | {"value": result.history["value"], "test": np.asarray(result.best.value)}
+
+
+# --- Jobs ---------------------------------------------------------------------------------------------
+
+
+def table():
+    """Every estimator, and a few steps of every method, on data spread over the mesh."""
+    found = {}
+    replicated = NamedSharding(mesh(), PartitionSpec())
+    train = jax.tree.map(np.asarray, ridge().train)
+    valid = jax.tree.map(np.asarray, ridge().valid)
+    for row in ESTIMATORS:
+        params, hparams = (
+            jax.make_array_from_callback(np.shape(x), replicated, lambda i, x=x: np.asarray(x)[i])
+            for x in (ridge().solution(LOG_L2), np.asarray(LOG_L2))
+        )
+        fn = jax.jit(bilevel.hypergradient(row.problem, row.make()))
+        estimate = fn(params, hparams, spread(train), spread(valid))
+        found[f"estimator {row}"] = np.concatenate([np.ravel(estimate.grad), np.ravel(estimate.value)])
+    for row in METHODS:
+        result = bilevel.optimize(
+            RIDGE,
+            np.full(20, 0.1),
+            np.asarray(-1.0),
+            train,
+            valid,
+            row.method,
+            6,
+            mesh=mesh(),
+            progress=False,
+        )
+        found[f"method {row}"] = np.concatenate([result.history["value"], np.ravel(result.hparams)])
+    return found
+
+
+def whole():
+    return facts(optimize(mesh=mesh()))
+
+
+def minibatches():
+    return facts(optimize(train=bilevel.minibatches(TRAIN, 16, strata=8), mesh=mesh(), test=VALID))
+
+
+def process_local():
+    return facts(optimize(train=spread(TRAIN), valid=spread(VALID)))
+
+
+def sharded_params():
+    return facts(optimize(*map(spread, START), train=spread(TRAIN), valid=spread(VALID)))
+
+
+def iterable():
+    """Each process gives its own rows of each batch."""
+    share = 16 // jax.process_count()
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    rows = (np.random.default_rng(k).permutation(64)[:16][mine] for k in range(90))
+    result = optimize(train=((X[r], Y[r]) for r in rows), steps=30, mesh=mesh())
+    assert result.status == bilevel.Status.DATA_EXHAUSTED
+    return facts(result)
+
+
+def population():
+    def sample(key):
+        return {"w": jnp.zeros(8)}, {"l2": 0.1 + jax.random.uniform(key, (8,), float)}
+
+    members = bilevel.population(4, sample, halve_every=5)
+    return facts(optimize(None, None, steps=12, population=members, mesh=mesh()))
+
+
+def checkpoint():
+    return facts(
+        optimize(
+            train=bilevel.minibatches(TRAIN, 16, strata=8),
+            steps=SETTINGS["steps"],
+            checkpoint=bilevel.checkpoints(SETTINGS["folder"], every=5),
+            mesh=mesh(),
+        )
+    )
+
+
+def checkpoint_whole():
+    folder = bilevel.checkpoints(SETTINGS["folder"], every=10)
+    return facts(optimize(steps=SETTINGS["steps"], checkpoint=folder, mesh=mesh()))
+
+
+def saved():
+    """Results are told, drawn and written once."""
+    told = []
+    result = optimize(
+        *map(spread, START),
+        train=spread(TRAIN),
+        valid=spread(VALID),
+        callbacks=lambda step, rows: told.append(step),
+    )
+    assert told == ([10, 20] if jax.process_index() == 0 else [])
+    repr(result)
+    result.save(SETTINGS["file"])
+    return facts(result)
+
+
+def endless():
+    """Runs until something ends it; says when it has begun."""
+
+    def began(step, rows):
+        del step, rows
+        print("stepping", flush=True)
+
+    return facts(
+        optimize(
+            steps=10**9,
+            callbacks=began,
+            checkpoint=bilevel.checkpoints(SETTINGS["folder"], every=10),
+            mesh=mesh(),
+        )
+    )
+
+
+def terminated():
+    """As `endless`; the last process is sent SIGTERM meanwhile."""
+    if jax.process_index() == jax.process_count() - 1:
+        threading.Timer(SETTINGS["after"], lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    result = optimize(steps=10**9, checkpoint=bilevel.checkpoints(SETTINGS["folder"], every=10), mesh=mesh())
+    assert result.status == bilevel.Status.INTERRUPTED
+    print(result.message, flush=True)
+    return {"done": np.asarray(len(result.history["value"]))}
+
+
+def failing_callback():
+    def fails(step, rows):
+        raise KeyError("a mistake in a callback")
+
+    try:
+        optimize(callbacks=fails, mesh=mesh())
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+    return {}
+
+
+def failing_iterable():
+    """The data of the last process fail after some batches."""
+
+    def batches():
+        for k in range(200):
+            if k == 60 and jax.process_index() == jax.process_count() - 1:
+                raise OSError("a file is missing")
+            yield TRAIN
+
+    try:
+        optimize(train=batches(), mesh=mesh())
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+    return {}
+
+
+def different_arrays():
+    train = X + jax.process_index(), Y
+    try:
+        optimize(train=train, mesh=mesh())
+    except ValueError as error:
+        print(error, flush=True)
+    return {}
+
+
+def part_of_the_processes():
+    try:
+        optimize(mesh=jax.sharding.Mesh(np.array(jax.devices())[: jax.local_device_count() * 2], ("data",)))
+    except ValueError as error:
+        print(error, flush=True)
+    return {}
+
+
+def each_alone():
+    """Every process runs by itself on its own devices, for its own number of steps."""
+    own = jax.make_mesh((jax.local_device_count(),), ("data",), devices=jax.local_devices())
+    steps = 12 + 5 * jax.process_index()
+    result = optimize(steps=steps, mesh=own, checkpoint=f"{SETTINGS['folder']}/{jax.process_index()}")
+    assert len(result.history["value"]) == steps
+    return {}
+
+
+if __name__ == "__main__":
+    results = {}
+    for job in SETTINGS["jobs"]:
+        began = time.perf_counter()
+        results |= {f"{job}: {name}": value for name, value in globals()[job]().items()}
+        print(f"{job}: {time.perf_counter() - began:.1f} s", flush=True)
+    if jax.process_index() == 0:
+        np.savez(SETTINGS["out"], **results)
+    if SETTINGS["processes"] > 1:
+        jax.distributed.shutdown()
