@@ -142,7 +142,7 @@ def programs(variant: str, size: int):
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     sources = data.Whole(train), data.Whole(valid)
-    carry, *_ = jax.eval_shape(functools.partial(loop._start, plan), params, hparams, key, *sources, None)
+    carry = loop.abstract_start(plan, params, hparams, key, *sources, None)
     stop, tol = np.int32(OUTER_STEPS), np.float64(-1.0)
     return loop.compiled(plan).lower(carry, stop, tol, *sources, None).compile()
 
@@ -158,12 +158,12 @@ def copies(program, size: int) -> tuple[float, ...]:
 # --- Resident memory ----------------------------------------------------------------------------------
 
 
-def resident(variant: str, size: int) -> tuple[float, float]:
-    """What a fresh process ends with, and its peak of resident memory in bytes."""
+def resident(module: str, variant: str, size: int) -> tuple[float, float]:
+    """What ``run`` of a module finds in a fresh process, and its peak of resident memory in bytes."""
     # Not ru_maxrss: a new process inherits that of the one that started it.
     code = f"""
 from pathlib import Path
-from benchmarks.memory import run
+from {module} import run
 found = run({variant!r}, {size})
 peak = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
 print(found, 1024 * int(peak[0].split()[1]))
@@ -177,8 +177,8 @@ print(found, 1024 * int(peak[0].split()[1]))
 
 def main():
     parts = {variant: copies(programs(variant, SIZE), SIZE) for variant in VARIANTS}
-    found = {variant: resident(variant, SIZE) for variant in VARIANTS}
-    base = {variant: resident(variant, SMALL)[1] for variant in VARIANTS}
+    found = {variant: resident(__name__, variant, SIZE) for variant in VARIANTS}
+    base = {variant: resident(__name__, variant, SMALL)[1] for variant in VARIANTS}
     peaks = {variant: (found[variant][1] - base[variant]) / (4 * SIZE) for variant in VARIANTS}
     rows = []
     for variant in VARIANTS:

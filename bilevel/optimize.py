@@ -58,23 +58,27 @@ def optimize(
         that you train with. For a fixed point 20 applications of the map.
       steps: outer steps.
       key: PRNG key of the run; default ``jax.random.key(0)``.
-      mesh: devices to place data on.
+      mesh: a `jax.sharding.Mesh`: rows of the data that lie nowhere in particular are split over its axis
+        "data", everything else is on each device. Arrays that carry a sharding stay as they are, with or
+        without ``mesh``.
       callbacks: functions ``(step, rows)``, called every ``judge_every`` outer steps with the number of steps
         done and the new rows of the history as numpy arrays; one that returns `STOP` ends the run.
-      checkpoint: a path to write checkpoints to and go on from.
+      checkpoint: a folder to write checkpoints to, and to go on from where it holds one of the same run; or
+        `checkpoints`.
       progress: show a live progress bar.
       tol: stop when ``grad_norm`` (free units; plus the method's certified error) is at most this.
       test: a third split; outer is reported on it, never optimised.
       constraints: replaces the problem's.
-      model_state: mutable model state, for problems with ``has_state``.
-      population: members to run in one program.
+      model_state: mutable model state, for problems with ``has_state``; each member begins with it.
+      population: many runs in one program, see `population`. With its ``sample`` params and hparams are None,
+        else every array of theirs has an axis of members in front.
       judge_every: how often ``tol`` takes effect, a sampled validation source is judged on all its rows,
         ``test`` is measured and callbacks are called; outer steps.
       keep_best: keep the pair with the lowest outer value, at the cost of one more copy of params.
 
     Returns:
-      A `Result`. A run that diverges, stalls or is interrupted (Ctrl-C) returns one too, with the last good
-      state, the whole history, a status and a message.
+      A `Result`. A run that diverges, stalls or is interrupted (Ctrl-C, SIGTERM) returns one too, with the
+      last good state, the whole history, a status and a message.
 
     Raises:
       TypeError, ValueError: an argument is wrong; before anything is compiled.

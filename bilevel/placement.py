@@ -20,6 +20,7 @@ from bilevel import fingerprint, hosts
 from bilevel.data import Minibatches, Source, Stacked, Whole, WithRng, shardings
 from bilevel.problem import PyTree, StaticTree
 from bilevel.result import Result
+from bilevel.trees import readable
 
 DATA, POPULATION = "data", "population"
 
@@ -129,7 +130,7 @@ class Placement:
         return sharding
 
     def _placed(self, tree: PyTree, name: str, sharding) -> PyTree:
-        unplaced = [leaf for leaf in jax.tree.leaves(tree) if not _lies(leaf)]
+        unplaced = [leaf for leaf in jax.tree.leaves(tree) if not _lies(leaf) and readable(leaf)]
         if self.spans_hosts and unplaced:
             _same_everywhere(unplaced, name)
 
@@ -202,7 +203,9 @@ def _check_mesh(mesh, population: bool) -> None:
 
 
 def _lies(leaf) -> bool:
-    """Whether an array was put where it is."""
+    """Whether an array was put where it is, or a shape is said to lie somewhere."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.sharding is not None
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed
 
 
@@ -225,6 +228,8 @@ def _devices(sharding) -> str:
 
 def put(leaf, sharding: NamedSharding):
     """An array, the same in each process, on a mesh."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
@@ -239,7 +244,14 @@ def _converted(leaf: jax.Array, mesh: Mesh) -> jax.Array:
     sharding: Any = leaf.sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh == mesh:
         return leaf
-    return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+    same = NamedSharding(mesh, sharding.spec)
+    if isinstance(leaf, jax.ShapeDtypeStruct) or same.is_fully_addressable:
+        return put(leaf, same)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _converted(jax.random.key_data(leaf), mesh)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    parts = [part.data for part in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, same, parts)
 
 
 def _same_everywhere(leaves: list, name: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 
 @contextlib.contextmanager
 def reporter(show: bool, steps: int) -> Iterator[Callable[[int, dict], None]]:
@@ -32,7 +34,15 @@ def reporter(show: bool, steps: int) -> Iterator[Callable[[int, dict], None]]:
         task = bar.add_task("", total=steps, text="compiling")
 
         def report(done: int, row: dict) -> None:
-            text = f"value {row['value']:.5g}  grad norm {row['grad_norm']:.2g}" if row else ""
+            text = (
+                f"value {_lowest(row['value']):.5g}  grad norm {_lowest(row['grad_norm']):.2g}" if row else ""
+            )
             bar.update(task, completed=done, text=text)
 
         yield report
+
+
+def _lowest(column) -> float:
+    """Of the members of a population."""
+    finite = np.ravel(column)[np.isfinite(np.ravel(column))]
+    return float(finite.min()) if finite.size else float("nan")

@@ -60,14 +60,14 @@ METHOD = bilevel.alternating(
 )
 
 
-def mesh():
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(kind,))
 
 
-def spread(tree):
+def spread(tree, kind=AxisType.Auto):
     """Arrays by rows over all devices, of which each process gives its own."""
     index, processes = jax.process_index(), jax.process_count()
-    sharding = NamedSharding(mesh(), PartitionSpec("data"))
+    sharding = NamedSharding(mesh(kind), PartitionSpec("data"))
 
     def put(array):
         share = len(array) // processes
@@ -130,6 +130,12 @@ def minibatches():
 
 def process_local():
     return facts(optimize(train=spread(TRAIN), valid=spread(VALID)))
+
+
+def explicit():
+    result = optimize(train=spread(TRAIN, AxisType.Explicit), valid=spread(VALID, AxisType.Explicit))
+    assert result.params["w"].sharding.mesh.axis_types == (AxisType.Explicit,)
+    return facts(result)
 
 
 def sharded_params():

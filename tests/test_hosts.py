@@ -82,7 +82,7 @@ def test_every_estimator_and_method_agrees_with_one_device(one_device, tmp_path,
     assert_same(got, one_device("table"))
 
 
-JOBS = "whole minibatches process_local sharded_params iterable population"
+JOBS = "whole minibatches process_local explicit sharded_params iterable population"
 
 
 @pytest.mark.parametrize(
