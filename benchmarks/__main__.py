@@ -17,10 +17,12 @@ NAMES = (
     "cg_steps",
     "tuned_rates",
     "memory",
+    "memory_predicted",
     "communication",
+    "population",
 )
 # Minutes each; run by name only.
-LONG = ("default_method",)
+LONG = ("default_method", "kills")
 
 
 def main(argv: list[str]) -> int:

@@ -173,11 +173,21 @@ def compiled_choice(plan: Plan):
     return jax.jit(chosen, out_shardings=plan.layout and plan.layout.tree())
 
 
+@functools.lru_cache(maxsize=64)
+def compiled_gathering(plan: Plan):
+    """The jitted join of parts of a population, by their places in the joined order."""
+
+    def gathered(parts: list[Member], places) -> Member:
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs)[places], *parts)
+
+    return jax.jit(gathered, out_shardings=plan.layout and plan.layout.tree().member)
+
+
 def _start(plan: Plan, params, hparams, key, train, valid, model_state):
     """The first carry, and both losses at the start (of a fixed point the sum of the map)."""
     begin = functools.partial(_start_one, plan)
     if plan.population:
-        begin = jax.vmap(begin, in_axes=(0, 0, 0, None, None, None), spmd_axis_name=plan.axis)
+        begin = jax.vmap(begin, in_axes=(0, 0, 0, None, None, 0), spmd_axis_name=plan.axis)
     member, inner, outer = begin(params, hparams, key, train, valid, model_state)
     front = (plan.capacity, *member.status.shape)
     dtype = jnp.promote_types(outer.dtype, jnp.float32)

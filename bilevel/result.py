@@ -116,7 +116,7 @@ class Result:
         i, rows = i % n, int(self.members.attempted[i])
         own = functools.partial(member_of, i=i)
         steps = self.trajectory.steps
-        until = steps <= rows
+        until = np.append(np.flatnonzero(steps < rows), -1)  # the last row is the end of all members
         every = self.members
         value, step = float(every.value[i]), int(every.step[i])
         return Result(
@@ -128,7 +128,7 @@ class Result:
                 for name, column in self.history.items()
             },
             trajectory=Trajectory(
-                steps[until],
+                np.append(steps[until[:-1]], rows),
                 jax.tree.map(lambda x: x[until, i], self.trajectory.hparams),
                 self.trajectory.quantiles,
             ),

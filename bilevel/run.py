@@ -87,20 +87,23 @@ class Run:
     def go(self, progress: bool) -> Result:
         """Run to the end, whatever it is."""
         show = progress and (hosts.first() or not self.settings.spans_hosts)
-        try:
-            with Interrupt() as interrupt, reporter(show, self.settings.steps) as show_row:
-                self._judge()
-                while self.ended is None:
-                    self._advance()
-                    show_row(self.done, self._row())
-                    self._between(interrupt)
-        except KeyboardInterrupt:
-            self._stop_at_once()
-        except Exception as error:
-            self._fail(error)
-            raise
-        self._keep()
-        return self._finish()
+        with Interrupt() as interrupt:
+            try:
+                with reporter(show, self.settings.steps) as show_row:
+                    self._judge()
+                    while self.ended is None:
+                        self._advance()
+                        show_row(self.done, self._row())
+                        self._between(interrupt)
+            except KeyboardInterrupt:
+                self._stop_at_once()
+            except Exception as error:
+                if not interrupt.at_once:
+                    self._fail(error)
+                    raise
+                self._stop_at_once()  # raised in a host callback of the program
+            self._keep(last=True)
+            return self._finish()
 
     # --- one chunk ---
 
@@ -283,7 +286,8 @@ class Run:
         if not self.dropped:
             return self.carry.member
         places = np.argsort(np.concatenate([*(places for places, _ in self.dropped), self.active]))
-        return _gathered([*(part for _, part in self.dropped), self.carry.member], places)
+        parts = [*(part for _, part in self.dropped), self.carry.member]
+        return loop.compiled_gathering(self.plan)(parts, places)
 
     # --- ends ---
 
@@ -291,14 +295,13 @@ class Run:
         """A second Ctrl-C: keep the chunk under way only if it is done within moments."""
         if self.pending is not None:
             self._wait(_GRACE_SECONDS)
-            if not self.pending[0].step.is_ready():
-                raise KeyboardInterrupt(
-                    f"stopped at once: outer steps {self.done} and later are lost"
-                    + (f"; checkpoints are in {self.keeper.path}" if self.keeper else "")
-                )
-            self._collect()
-        if _deleted(self.carry):
-            raise KeyboardInterrupt("stopped at once, while a program was being compiled")
+            if self.pending[0].step.is_ready():
+                self._collect()
+        if self.pending is not None or _deleted(self.carry):
+            raise KeyboardInterrupt(
+                f"stopped at once: outer steps {self.done} and later are lost"
+                + (f"; checkpoints are in {self.keeper.path}" if self.keeper else "")
+            )
         self.ended = self.ended or (Status.INTERRUPTED, "Interrupted by the user.")
 
     def _fail(self, error: Exception) -> None:
@@ -306,19 +309,23 @@ class Run:
         self.ended = Status.INTERRUPTED, f"{type(error).__name__} in a callback or an iterable."
         if _deleted(self.carry) or isinstance(error, jax.errors.JaxRuntimeError):
             return  # a device failed in the middle of a chunk that it had been given, or a process is gone
-        self._keep()
+        self._keep(last=True)
         _attach(error, self.result()[0])
 
-    def _keep(self) -> None:
-        """Write a checkpoint."""
-        if self.keeper is None or not self.done or self.keeper.kept == self.done:
+    def _keep(self, last: bool = False) -> None:
+        """Write a checkpoint, in the background unless it is the last."""
+        if self.keeper is None:
             return
-        problem = self.keeper.save(self)
-        if problem is None:
-            return
-        self.notes = [*(note for note in self.notes if note[:14] != problem[:14]), problem]
-        with contextlib.suppress(RuntimeWarning):  # the run goes on even where warnings are errors
-            warnings.warn(problem, RuntimeWarning, stacklevel=2)
+        problems = []
+        if self.done and self.keeper.kept != self.done:
+            problems.append(self.keeper.save(self))
+        if last:
+            problems.append(self.keeper.written())
+        for problem in filter(None, problems):
+            if not self.notes:
+                with contextlib.suppress(RuntimeWarning):  # the run goes on even where warnings are errors
+                    warnings.warn(problem, RuntimeWarning, stacklevel=5)
+            self.notes = [problem]
 
     def _finish(self) -> Result:
         result, warned = self.result()
@@ -349,11 +356,6 @@ class Run:
             seconds=time.perf_counter() - self.began,
         )
         return (result if placement is None else placement.returned_result(result)), warned
-
-
-@jax.jit
-def _gathered(parts, places):
-    return jax.tree.map(lambda *xs: jax.numpy.concatenate(xs)[places], *parts)
 
 
 @jax.jit
