@@ -8,6 +8,7 @@ and its gradient is pulled back by the derivative of the map ``hparams = to_natu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -39,6 +40,11 @@ class Constraint:
         """The part of a gradient in free units that a small step can follow."""
         del free
         return grad
+
+    def stretch(self, free):
+        """An upper bound on the norm of the derivative of ``to_natural``; a scalar."""
+        _, slope = jax.jvp(self.to_natural, (free,), (jnp.ones_like(free),))  # entry by entry
+        return jnp.max(jnp.abs(slope))
 
     def why_not(self, value: np.ndarray) -> str | None:
         """Why a start value is not allowed, or None."""
@@ -150,6 +156,10 @@ class Simplex(Constraint):
     def reduced_gradient(self, free, grad):
         del free
         return grad - jnp.mean(grad)
+
+    def stretch(self, free):
+        # diag(p) - p p^T has no eigenvalue above that of p = (1/2, 1/2).
+        return jnp.full((), 0.5, free.dtype)
 
     def why_not(self, value):
         value = value.astype(np.float64)
@@ -293,6 +303,15 @@ class BoundConstraints:
         """Euclidean norm over all leaves of what a small step can follow; a scalar."""
         reduced = self._map("reduced_gradient", free, free_grad)
         return jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(reduced)))
+
+    def stretch(self, free):
+        """How much longer than in natural units a gradient in free units is at most; a scalar."""
+        moving = [
+            c.stretch(x)
+            for c, x in zip(self.leaves, self.treedef.flatten_up_to(free), strict=True)
+            if not isinstance(c, Fixed)
+        ]
+        return functools.reduce(jnp.maximum, moving, jnp.zeros(()))
 
     def check(self, hparams) -> None:
         """Raise ValueError where a concrete start value is outside its constraint."""

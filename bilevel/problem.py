@@ -79,9 +79,11 @@ class StaticTree:
 
 @dataclasses.dataclass(frozen=True)
 class Smoothness:
-    """Constants that turn error estimates into certificates (Theorem 2.1 of Salehi et al., 2024).
+    """Constants that turn error estimates into certificates (Theorem 2.1 of Salehi et al., 2025).
 
-    Each is a float or a function of hparams; ``w, w'`` are any two params, norms are Euclidean.
+    Each is a float or a function of hparams (natural units); ``w, w'`` are any two params, norms are
+    Euclidean. With them `bilevel.implicit` bounds its error by what it measured, see `bilevel.certificates`;
+    a constant that is too small makes a bound that does not hold.
 
     Args:
       strong_convexity: mu with ``(grad inner(w) - grad inner(w')) . (w - w') >= mu |w - w'|^2``.
@@ -91,6 +93,23 @@ class Smoothness:
       inverse_hessian: L with ``|H(w)^-1 - H(w')^-1| <= L |w - w'|`` for ``H = d^2_params inner``.
       direct: L with ``|d_hparams outer(w) - d_hparams outer(w')| <= L |w - w'|``; None only where
         outer structurally ignores hparams.
+
+    Raises:
+      TypeError, ValueError: a constant that is neither a number nor a function, or out of range.
+
+    Example:
+      >>> import bilevel, jax.numpy as jnp
+      >>> problem = bilevel.Problem(
+      ...     inner=lambda w, lam, x: 0.5 * (w - x) ** 2 + 0.5 * lam * w**2,
+      ...     outer=lambda w, lam, x: 0.5 * (w - x) ** 2,
+      ...     smoothness=bilevel.Smoothness(
+      ...         strong_convexity=lambda lam: 1 + lam, inner=lambda lam: 1 + lam, outer=1.0, cross=1.0
+      ...     ),
+      ... )
+      >>> fn = bilevel.hypergradient(problem)
+      >>> est = fn(jnp.array(1.1), jnp.array(1.0), jnp.array(2.0), jnp.array(3.0))  # at w* = 1 it is 1
+      >>> print(est.error_kind, f"{est.error:.3f} >= {abs(est.grad - 1):.3f}")
+      certified 0.155 >= 0.045
     """
 
     strong_convexity: float | Callable
@@ -101,7 +120,15 @@ class Smoothness:
     direct: float | Callable | None = None
 
     def __post_init__(self):
-        raise NotImplementedError("Smoothness certificates come with a later release.")
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if callable(value) or (name == "direct" and value is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number or a function of hparams, got {value!r}.")
+            if not math.isfinite(value) or value < 0 or (name == "strong_convexity" and value == 0):
+                wanted = "positive" if name == "strong_convexity" else "finite and not negative"
+                raise ValueError(f"{name} must be {wanted}, got {value:g}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,8 +294,10 @@ def _finish_problem(problem: Problem | FixedPoint) -> None:
                     f"bilevel.interval(0, 1), got {leaf!r}."
                 )
         object.__setattr__(problem, "constraints", spec)
-    if problem.smoothness is not None:
-        raise NotImplementedError("smoothness= (certificates) comes with a later release.")
+    if problem.smoothness is not None and not isinstance(problem.smoothness, Smoothness):
+        raise TypeError(f"smoothness must be bilevel.Smoothness(...), got {problem.smoothness!r}.")
+    if problem.smoothness is not None and isinstance(problem, FixedPoint):
+        raise TypeError("smoothness is that of an inner loss; a FixedPoint has none to certify anything by.")
     if not isinstance(problem.has_state, bool):
         raise TypeError(f"has_state must be True or False, got {problem.has_state!r}.")
     if problem.start is not None:
@@ -354,7 +383,8 @@ class Estimate:
     where the inner problem stands afterwards, see `params`. ``error``: a scalar whose meaning is
     ``error_kind``: "certified" (upper bound on ``|grad - exact|``), "estimated" (bound with estimated
     constants), "residual" (relative residual of the linear solve, measured), "none" (``inf``).
-    ``counts``: examples touched. ``solve``: the linear solve. ``metrics``: of the outer loss.
+    ``value_error``: upper bound on the distance of ``value`` from F, where there is one. ``counts``: examples
+    touched. ``solve``: the linear solve. ``metrics``: of the outer loss.
     """
 
     value: jax.Array
@@ -364,6 +394,7 @@ class Estimate:
     counts: Counts = Counts()
     solve: SolveInfo = SolveInfo()
     metrics: dict = dataclasses.field(default_factory=dict)
+    value_error: Any = math.inf
     error_kind: str = static(default=NONE)
 
     @property
@@ -403,8 +434,9 @@ class Info:
     """What a person wants to know of one outer step; the state is what the next step needs.
 
     ``value`` is outer at the pair (``params``, ``hparams``) with ``model_state``, neither always the
-    pair before the step nor the one after it. ``grad_norm`` is in free units. ``status`` is a `Status` code,
-    ``nonfinite`` a `NonFinite` mask; the step was rejected where it is not zero.
+    pair before the step nor the one after it. ``grad_norm`` is in free units, and so is ``error`` where it is
+    a bound. ``status`` is a `Status` code, ``nonfinite`` a `NonFinite` mask; the step was rejected where it
+    is not zero.
     """
 
     value: jax.Array

@@ -435,6 +435,7 @@ def problem_on_data(
     """
     args = (params, hparams, train_batch, valid_batch, model_state)
     metrics = metric_names(problem, *args)
+    smoothness(problem, params, hparams, valid_batch, model_state)
     steps = getattr(estimator, "steps", None) or 1
     if isinstance(inner, Tuned):
         _check_tuned(inner, params, hparams)
@@ -548,6 +549,48 @@ def _per_step(hparams, steps: int) -> str:
     if isinstance(flags, dict):
         flags = {name: flag for name, flag in flags.items() if any(jax.tree.leaves(flag))}
     return f"per_step={flags}"
+
+
+def smoothness(problem, params, hparams, valid_batch, model_state=None) -> None:
+    """The constants are usable at hparams (where concrete), and complete.
+
+    Raises:
+      ValueError: a constant that is negative or not finite there, or no ``direct`` where outer reads hparams.
+    """
+    constants = getattr(problem, "smoothness", None)
+    if constants is None:
+        return
+    if all(map(readable, jax.tree.leaves(hparams))):
+        for name in ("strong_convexity", "inner", "outer", "cross", "inverse_hessian", "direct"):
+            setting = getattr(constants, name)
+            if not callable(setting):
+                continue
+            value = np.asarray(setting(hparams))
+            least = "positive" if name == "strong_convexity" else "not negative"
+            if (
+                value.shape != ()
+                or not np.isfinite(value)
+                or value < 0
+                or (least == "positive" and value == 0)
+            ):
+                raise ValueError(
+                    f"smoothness: {name} must be a finite number, {least}, at the hparams given; it is "
+                    f"{value}."
+                )
+    if constants.direct is None:
+
+        def tangent(hparams, tangents, params, batch, state):
+            return jax.jvp(
+                lambda h: outer_value(problem, params, h, batch, state)[0], (hparams,), (tangents,)
+            )[1]
+
+        shapes = jax.tree.map(_abstract, (hparams, hparams, params, valid_batch, model_state))
+        made = jax.make_jaxpr(tangent)(*shapes)
+        if not _is_zero(made.jaxpr, made.jaxpr.outvars[0]):
+            raise ValueError(
+                "smoothness: outer depends on hparams itself, so that the bound needs direct=, the Lipschitz "
+                "constant in params of its gradient by hparams."
+            )
 
 
 def _effects(problem, inner, params, hparams, train, valid, model_state) -> tuple[list, list]:

@@ -307,14 +307,24 @@ METHODS = (
 )
 
 # Public factories that raise NotImplementedError in this release.
-LATER = {"Smoothness", "integer"}
+LATER = {"integer"}
 
 # Public names that are neither an estimator, a linear solver nor a method. Inner solvers have their tests
 # in `tests/test_inner_loops.py`.
 OTHER = {
     "STOP",
     *("accelerated", "epoch_sgd", "lbfgs", "newton", "newton_cg", "optax_loop", "picard"),
-    *("Problem", "FixedPoint", "composite", "lift", "hypergradient", "optimize", "load", "argmin"),
+    *(
+        "Problem",
+        "FixedPoint",
+        "Smoothness",
+        "composite",
+        "lift",
+        "hypergradient",
+        "optimize",
+        "load",
+        "argmin",
+    ),
     "check_hypergradient",
     *("pmean", "population", "checkpoints", "memory"),
     *(

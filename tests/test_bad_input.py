@@ -990,8 +990,6 @@ def test_dense_names_its_limit():
 # --- Slots whose behaviour comes later -------------------------------------------------------------------
 
 LATER = [
-    ("smoothness", lambda: problem(smoothness=1.0), "moothness"),
-    ("Smoothness", lambda: bilevel.Smoothness(1.0, 1.0, 1.0), "Smoothness"),
     ("integer", lambda: bilevel.integer(1, 5), "integer"),
 ]
 

@@ -71,7 +71,7 @@ def test_public_names_are_documented(name):
     assert not inspect.getdoc(public).startswith(f"{name}(")
 
 
-_REQUIRED = {"Smoothness": (1.0, 1.0, 1.0), "integer": (0, 1)}
+_REQUIRED = {"integer": (0, 1)}
 
 
 @pytest.mark.parametrize("name", sorted(LATER))

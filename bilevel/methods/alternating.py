@@ -26,6 +26,8 @@ from bilevel.lift import examples, refuse_sampled
 from bilevel.linear_solvers import norm, where
 from bilevel.placement import refuse_explicit
 from bilevel.problem import (
+    CERTIFIED,
+    ESTIMATED,
     Estimator,
     FixedPoint,
     HParams,
@@ -231,7 +233,7 @@ class Alternating:
         info = Info(
             value=estimate.value,
             grad_norm=state.constraints.grad_norm(state.free, grad),
-            error=estimate.error,
+            error=error_in_free_units(estimate, state.constraints, state.free),
             accepted=accepted,
             status=jnp.where(rejected >= allowed, Status.DIVERGED, Status.RUNNING).astype(jnp.int32),
             nonfinite=nonfinite,
@@ -300,6 +302,12 @@ class Alternating:
         if self.period == 1:
             return solve()
         return jax.lax.cond(moves, solve, lambda: (state.point, state.inner, jnp.float32(0)))
+
+
+def error_in_free_units(estimate, constraints: BoundConstraints, free):
+    """A bound on the gradient's error as one on that of its pull-back; other errors as they are."""
+    bound = estimate.error_kind in (CERTIFIED, ESTIMATED)
+    return estimate.error * constraints.stretch(free) if bound else estimate.error
 
 
 def _nonfinite(state: AlternatingState, estimate, grad) -> tuple[jax.Array, jax.Array]:
