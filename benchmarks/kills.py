@@ -1,8 +1,9 @@
 """Runs that are killed at random moments and started again end with the bits of one that was left alone.
 
 Each run is a process of its own that gets SIGKILL one to three times, at moments drawn over the whole of its
-life: while it imports, compiles, computes, writes. Then it is left to end, and everything it found is
-compared with what a run of its kind finds that nobody killed and that wrote no checkpoints.
+life or, every other time, over its chunks: while it imports, compiles, computes, writes. Then it is left to
+end, and everything it found is compared with what a run of its kind finds that nobody killed and that wrote
+no checkpoints.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +27,26 @@ import numpy as np
 from benchmarks.measure import table
 
 RUNS, WORKERS = 100, 2
-EVERY, STEPS = 5, 900
+EVERY, STEPS = 5, 600
 KINDS = tuple(itertools.product(("float32", "float64"), ("whole", "minibatches"), ("single", "population")))
-# What a process was doing, by the last letter that it wrote down.
-PHASES = {"": "import", "s": "start", "c": "chunk", "b": "between", "w": "write", "e": "end"}
+# What a process was doing, by the last letter that it wrote down. Files are written beside the rest.
+PHASES = {"": "import", "s": "start", "c": "chunk", "b": "between", "e": "end"}
 
 
 # --- The process that is killed ---------------------------------------------------------------------------
 
 
-def child(precision: str, data: str, members: str, out: str, checkpoints: str) -> None:
+def child(precision: str, data: str, members: str, steps: str, out: str, checkpoints: str) -> None:
     """One run; marks on standard output say what it is doing."""
     import jax
 
     jax.config.update("jax_enable_x64", precision == "float64")
-    import bilevel
     from bilevel import archive, keeper
     from bilevel.run import Run
 
     _mark("s")
     write = archive.write
-    _marked(archive, "write", "w", "b")
+    _marked(archive, "write", "(", ")")
     _marked(Run, "_advance", "c", "b", skip=1)  # the first one compiles
     restore = keeper.Keeper.restore
 
@@ -53,7 +55,7 @@ def child(precision: str, data: str, members: str, out: str, checkpoints: str) -
         _mark(f"r{meta['step']};")
 
     keeper.Keeper.restore = restored
-    result = _run(precision, data, members == "population", checkpoints)
+    result = _run(precision, data, members == "population", int(steps), checkpoints)
     archive.write = write
     _mark("e")
     result.save(f"{out}.result.npz")
@@ -78,7 +80,7 @@ def _marked(owner, name: str, before: str, after: str, skip: int = 0) -> None:
     setattr(owner, name, marked)
 
 
-def _run(precision: str, data: str, population: bool, checkpoints: str):
+def _run(precision: str, data: str, population: bool, steps: int, checkpoints: str):
     import jax
     import jax.numpy as jnp
     import optax
@@ -119,8 +121,8 @@ def _run(precision: str, data: str, population: bool, checkpoints: str):
         bilevel.minibatches(train, rows // 2) if data == "minibatches" else train,
         valid,
         method,
-        STEPS,
-        population=bilevel.population(4, sample, halve_every=STEPS // 3) if population else None,
+        steps,
+        population=bilevel.population(4, sample, halve_every=steps // 3) if population else None,
         checkpoint=bilevel.checkpoints(checkpoints, every=EVERY) if checkpoints else None,
         progress=False,
     )
@@ -135,22 +137,48 @@ class Killed:
 
     kind: tuple[str, str, str]
     phases: list[str]
+    writing: int
     resumed: list[int]
     differ: list[str]
 
 
-def start(kind, out: Path, checkpoints: Path | None, delay: float | None) -> tuple[str, int]:
-    """A process that is killed after so many seconds, if it is still there: its marks and its exit code."""
-    command = [sys.executable, "-m", "benchmarks.kills", *kind, str(out), str(checkpoints or "")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            marks, errors = process.communicate(timeout=delay)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            marks, errors = process.communicate()
+def start(
+    kind, steps: int, out: Path, checkpoints: Path | None, until: Callable | None = None
+) -> tuple[str, int]:
+    """A process: its marks and its exit code.
+
+    Args:
+      kind: one of `KINDS`.
+      steps: outer steps.
+      out: beginning of the names of its files.
+      checkpoints: their folder, None for a run without.
+      until: returns when the process is to be killed, if it is still there; None: never.
+    """
+    command = [sys.executable, "-m", "benchmarks.kills", *kind, str(steps), str(out), str(checkpoints or "")]
+    log = marks_of(out)
+    with open(log, "w") as marks:
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[1], stdout=marks, stderr=subprocess.PIPE, text=True
+        )
+        with process:
+            if until is not None:
+                until()
+                process.kill()
+            _, errors = process.communicate()
     if process.returncode not in (0, -signal.SIGKILL):
         raise RuntimeError(f"{' '.join(kind)} failed:\n{errors}")
-    return marks, process.returncode
+    return log.read_text(), process.returncode
+
+
+def marks_of(out: Path) -> Path:
+    """The file in which a process marks what it is doing."""
+    return out.with_name(f"{out.name}.marks")
+
+
+def resumed(marks: str) -> int | None:
+    """The step that a process went on from; None for one that began."""
+    found = re.search(r"r(\d+);", marks)
+    return found and int(found[1])
 
 
 def contents(out: Path) -> dict[str, object]:
@@ -187,38 +215,53 @@ def differences(one: Path, other: Path) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
-def kill(folder: Path, kind, seed: int, seconds: float, reference: Path) -> Killed:
-    """One run, killed one to three times over ``seconds``, the length of a run that is left alone."""
+def kill(folder: Path, kind, seed: int, seconds: tuple[float, float], reference: Path) -> Killed:
+    """One run, killed one to three times.
+
+    Args:
+      folder: for its files.
+      kind: one of `KINDS`.
+      seed: of the moments.
+      seconds: the length of a run that is left alone, and of its chunks.
+      reference: beginning of the names of that one's files.
+    """
     rng = np.random.default_rng(seed)
-    out, own = folder / f"run{seed}", Killed(kind, [], [], [])
-    kills = 1 + seed % 3
-    while True:
-        delay = float(rng.uniform(0.05, 0.95) * seconds) if len(own.phases) < kills else None
-        marks, code = start(kind, out, folder / f"checkpoints{seed}", delay)
-        stripped = marks
-        if "r" in marks:
-            before, _, after = marks.partition("r")
-            step, _, after = after.partition(";")
-            own.resumed.append(int(step))
-            stripped = before + after
+    out, own = folder / f"run{seed}", Killed(kind, [], 0, [], [])
+    for i in itertools.count():
+        whole = bool((seed + i) % 2)
+        delay = rng.uniform(0.02, 0.95) * seconds[0 if whole else 1]
+
+        def until(whole=whole, delay=delay):
+            deadline = time.perf_counter() + 120
+            while not whole and time.perf_counter() < deadline:  # until the first chunk is done
+                if "b" in marks_of(out).read_text():
+                    break
+                time.sleep(2e-3)
+            time.sleep(delay)
+
+        chosen = until if i <= seed % 3 else None
+        marks, code = start(kind, STEPS, out, folder / f"checkpoints{seed}", chosen)
+        if (step := resumed(marks)) is not None:
+            own.resumed.append(step)
         if code == 0:
             break
-        own.phases.append(PHASES[stripped[-1:]])
+        own.writing += marks.count("(") > marks.count(")")
+        own.phases.append(PHASES[re.sub(r"r\d+;|[()]", "", marks)[-1:]])
     own.differ = differences(out, reference)
     return own
 
 
-def references(folder: Path) -> dict[tuple, tuple[float, Path]]:
-    """Seconds of a run of each kind that writes checkpoints, and what one without them finds."""
+def references(folder: Path) -> dict[tuple, tuple[tuple[float, float], Path]]:
+    """Seconds of a run of each kind that writes checkpoints and of its chunks; what one without finds."""
     found = {}
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
 
         def both(kind):
             name = "-".join(kind)
-            start(kind, folder / name, None, None)
+            start(kind, STEPS, folder / name, None)
             began = time.perf_counter()
-            start(kind, folder / f"{name}-kept", folder / f"{name}-checkpoints", None)
-            seconds = time.perf_counter() - began
+            start(kind, STEPS, folder / f"{name}-kept", folder / f"{name}-checkpoints")
+            seconds = time.perf_counter() - began, _chunk_seconds(folder / f"{name}-kept.result.npz")
             wrong = differences(folder / name, folder / f"{name}-kept")
             if wrong:
                 raise RuntimeError(f"{name}: a run that writes checkpoints differs in {', '.join(wrong)}")
@@ -229,8 +272,16 @@ def references(folder: Path) -> dict[tuple, tuple[float, Path]]:
     return found
 
 
+def _chunk_seconds(path: Path) -> float:
+    """From the end of the first chunk to that of the last."""
+    import bilevel
+
+    return float(np.ptp(bilevel.load(path).history["seconds"]))
+
+
 def report(every: list[Killed], seconds: dict) -> None:
-    header = ("kind", "runs", "s alone", "kills", *PHASES.values(), "resumed at", "mismatches")
+    counted = ("kills", *PHASES.values(), "writing", "resumed at", "mismatches")
+    header = ("kind", "runs", "s alone", "s chunks", *counted)
     rows = []
     for kind in (*KINDS, None):
         own = [killed for killed in every if kind in (None, killed.kind)]
@@ -238,9 +289,10 @@ def report(every: list[Killed], seconds: dict) -> None:
         resumed = [step for killed in own for step in killed.resumed]
         rows.append(
             (
-                " ".join(kind or ("all",)), len(own), f"{seconds[kind]:.1f}" if kind else "", phases.total(),
-                *(phases[phase] for phase in PHASES.values()),
-                f"{np.mean(resumed or [0]):.0f}", sum(bool(killed.differ) for killed in own),
+                " ".join(kind or ("all",)), len(own), *(f"{s:.1f}" for s in seconds.get(kind, ())),
+                *([] if kind else ["", ""]), phases.total(), *(phases[phase] for phase in PHASES.values()),
+                sum(killed.writing for killed in own), f"{np.mean(resumed or [0]):.0f}",
+                sum(bool(killed.differ) for killed in own),
             )
         )  # fmt: skip
     table(header, rows)

@@ -21,6 +21,7 @@ from bilevel.lift import lift
 from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd
 from bilevel.memory import Memory, memory
 from bilevel.methods.alternating import alternating
+from bilevel.methods.maid import maid
 from bilevel.optimize import optimize
 from bilevel.parallel import pmean
 from bilevel.populations import population
@@ -80,6 +81,7 @@ __all__ = [
     "lbfgs",
     "lift",
     "load",
+    "maid",
     "memory",
     "minibatches",
     "neumann",

@@ -7,10 +7,12 @@ import numpy as np
 from bilevel.problem import NonFinite, Status
 
 
-def why_ended(status: Status, history) -> str:
+def why_ended(status: Status, history, method) -> str:
     """Why a method ended a run by itself, and the argument to change."""
     if status != Status.DIVERGED:
-        return "The method can make no more progress."
+        if not hasattr(method, "why_stalled"):
+            return "The method can make no more progress."
+        return method.why_stalled({name: column[-1] for name, column in history.items()})
     last = NonFinite(int(history["nonfinite"][-1]))
     step = int(history["step"][-1])
     if last & NonFinite.PARAMS:

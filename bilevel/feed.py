@@ -138,6 +138,7 @@ class Feed:
         taken, state = position
         if state is not None:
             self.close()
+            self._thread.join()  # for as long as it takes: it must not draw from what is set now
             self._iterator.set_state(_decoded(state))
             self._pushed_back = []
             self._start(self.capacity * self.per_step)
@@ -243,12 +244,14 @@ def _encoded_state(iterator) -> str | None:
     if not (hasattr(iterator, "get_state") and hasattr(iterator, "set_state")):
         return None
     state = iterator.get_state()
+    if isinstance(state, bytes):
+        return json.dumps({"bytes": base64.b64encode(state).decode()})
     try:
-        if isinstance(state, bytes):
-            return json.dumps({"bytes": base64.b64encode(state).decode()})
-        return json.dumps({"json": state})
+        text = json.dumps({"json": state})
     except (TypeError, ValueError):
         return None
+    # A tuple would come back as a list, a number that is a key as text.
+    return text if json.loads(text)["json"] == state else None
 
 
 def _decoded(state: str):

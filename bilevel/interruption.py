@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import signal
 import threading
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -16,6 +19,7 @@ class Interrupt:
     """
 
     why: str | None = None
+    at_once = False
 
     def __enter__(self) -> Interrupt:
         self._previous: dict = {}
@@ -28,9 +32,46 @@ class Interrupt:
     def _handle(self, number, frame) -> None:
         del frame
         if number == signal.SIGINT and self.why is not None:
+            self.at_once = True
             raise KeyboardInterrupt
         self.why = "Interrupted by the user." if number == signal.SIGINT else "Ended by SIGTERM."
 
     def __exit__(self, *exc) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
+
+
+class Watch:
+    """Waits for arrays while signals are heard: a thread blocks on them, since the main thread would be deaf.
+
+    A thread that wakes another one is faster than any pause between looks at an array is fine.
+    """
+
+    def __init__(self):
+        self._asked: queue.SimpleQueue = queue.SimpleQueue()
+        self._done: queue.SimpleQueue = queue.SimpleQueue()
+        self._watched: Any = None
+
+    def __enter__(self) -> Watch:
+        # No daemon: one that is inside XLA when Python ends would take the process down with it.
+        threading.Thread(target=self._watch, name="bilevel-watch").start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._asked.put(None)
+
+    def wait(self, array, seconds: float | None = None) -> bool:
+        """Whether the array is there, now or within so many seconds."""
+        if array is not self._watched:
+            self._watched = array
+            self._asked.put(array)
+        with contextlib.suppress(queue.Empty):
+            while self._done.get(timeout=seconds) is not array:
+                pass  # one that was given up
+        return array.is_ready()
+
+    def _watch(self) -> None:
+        while (array := self._asked.get()) is not None:
+            with contextlib.suppress(Exception):  # whoever reads the array gets to know
+                array.block_until_ready()
+            self._done.put(array)

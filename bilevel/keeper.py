@@ -133,7 +133,7 @@ class Keeper:
     def written(self) -> str | None:
         """Wait until the last file is written; a sentence where that failed."""
         writing, self._writing = self._writing, None
-        return writing and writing.result()
+        return None if writing is None else writing.result()
 
     def restore(self, run, trees: dict, meta: dict) -> None:
         """Put a run where a checkpoint says."""
@@ -196,16 +196,20 @@ class Keeper:
         return self._placement.sharding()
 
 
+def _is_key(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def _own(leaf):
     """A copy on the host: the next chunk takes over the memory of the run's arrays."""
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if _is_key(leaf):
         data: Any = np.array(jax.random.key_data(leaf))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     return np.array(leaf)
 
 
 def _copied(leaf):
-    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.array(leaf, copy=True)
+    return leaf if _is_key(leaf) else jnp.array(leaf, copy=True)
 
 
 def _going_on(member: loop.Member) -> loop.Member:

@@ -78,7 +78,12 @@ class Plan:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of the history's columns, in the order of a row."""
-        return COLUMNS + self.metrics + self.judged_columns
+        return COLUMNS + self.own_columns + self.metrics + self.judged_columns
+
+    @property
+    def own_columns(self) -> tuple[str, ...]:
+        """Those of the method."""
+        return getattr(self.method, "columns", ())
 
 
 @register
@@ -315,6 +320,7 @@ def _row(plan: Plan, info, due, key, valid, test):
     columns = [
         value, info.grad_norm, info.error, info.accepted, info.nonfinite, info.solve.steps,
         info.solve.residual, info.solve.negative_curvature, *info.counts,
+        *(info.extra[name] for name in plan.own_columns),
         *(info.metrics[name] for name in plan.metrics),
     ]  # fmt: skip
     nothing = jnp.full_like(value, jnp.inf)

@@ -436,7 +436,7 @@ class Info:
     ``value`` is outer at the pair (``params``, ``hparams``) with ``model_state``, neither always the
     pair before the step nor the one after it. ``grad_norm`` is in free units, and so is ``error`` where it is
     a bound. ``status`` is a `Status` code, ``nonfinite`` a `NonFinite` mask; the step was rejected where it
-    is not zero.
+    is not zero. ``extra``: scalars under the names that the method calls its ``columns``.
     """
 
     value: jax.Array
@@ -451,6 +451,7 @@ class Info:
     params: Params
     hparams: HParams
     model_state: PyTree = None
+    extra: dict = dataclasses.field(default_factory=dict)
     error_kind: str = static(default=NONE)
 
 
@@ -538,7 +539,11 @@ class Estimator(Protocol):
 
 @runtime_checkable
 class Method(Protocol):
-    """One outer step as a pure, traceable function."""
+    """One outer step as a pure, traceable function.
+
+    It may have ``columns``, names of further scalars that its steps report in ``info.extra``, and
+    ``why_stalled(row)``, a sentence for a run that ends STALLED: the reason, and the argument to change.
+    """
 
     @property
     def batches_per_step(self) -> tuple[int, int]:

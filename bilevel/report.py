@@ -87,7 +87,7 @@ def _of_population(
     for i, code in enumerate(map(Status, codes.tolist())):
         own = {name: column[: attempted[i]] for name, column in whole.history.items()}
         own = {name: column[:, i] if column.ndim > 1 else column for name, column in own.items()}
-        status, why = _own_end(code, whole, own)
+        status, why = _own_end(plan, code, whole, own)
         status, advice, bad = diagnosis.final(status, own, may_rest)
         statuses.append(status)
         messages.append(" ".join([why, *advice]))
@@ -128,14 +128,14 @@ def _of_population(
     return final, " ".join(f"{n} of {len(codes)} members: {sentence}" for sentence, n in counted.items())
 
 
-def _own_end(code: Status, whole: Result, history: dict) -> tuple[Status, str]:
+def _own_end(plan: loop.Plan, code: Status, whole: Result, history: dict) -> tuple[Status, str]:
     if code == Status.RUNNING:
         return whole.status, whole.message
     if code == Status.DROPPED:
         return code, f"Dropped by successive halving at outer step {len(history['step'])}."
     if code == Status.CONVERGED:
         return code, "The gradient norm is at most tol."
-    return code, diagnosis.why_ended(code, history)
+    return code, diagnosis.why_ended(code, history, plan.method)
 
 
 def _summary(statuses: list[Status], messages: list[str]) -> str:

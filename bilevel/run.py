@@ -13,7 +13,7 @@ import numpy as np
 
 from bilevel import diagnosis, hosts, loop, report
 from bilevel.feed import EpisodeHalf, Feed
-from bilevel.interruption import Interrupt
+from bilevel.interruption import Interrupt, Watch
 from bilevel.keeper import Keeper
 from bilevel.memory import analysed, warn_where_too_large
 from bilevel.placement import Placement
@@ -76,6 +76,7 @@ class Run:
         self.pending: tuple[Any, float] | None = None
         self.ended: tuple[Status, str] | None = None
         self.notes: list[str] = []
+        self.watch = Watch()
         self.chunk_length = 1
         self.told = 0
 
@@ -87,7 +88,7 @@ class Run:
     def go(self, progress: bool) -> Result:
         """Run to the end, whatever it is."""
         show = progress and (hosts.first() or not self.settings.spans_hosts)
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, self.watch:
             try:
                 with reporter(show, self.settings.steps) as show_row:
                     self._judge()
@@ -102,7 +103,7 @@ class Run:
                     self._fail(error)
                     raise
                 self._stop_at_once()  # raised in a host callback of the program
-            self._keep(last=True)
+            self._keep()
             return self._finish()
 
     # --- one chunk ---
@@ -119,16 +120,8 @@ class Run:
             warn_where_too_large(analysed(self.plan, arguments, self.given))
         carry = loop.compiled(self.plan)(*arguments)
         self.pending = carry, before
-        self._wait()
+        self.watch.wait(carry.step)
         self._collect()
-
-    def _wait(self, seconds: float = np.inf) -> None:
-        """Until the chunk under way is done; signals are heard meanwhile."""
-        carry: Any = self.carry if self.pending is None else self.pending[0]
-        until, pause = time.perf_counter() + seconds, 2e-5
-        while not carry.step.is_ready() and time.perf_counter() < until:
-            time.sleep(pause)
-            pause = min(1.5 * pause, 2e-3)
 
     def _collect(self) -> None:
         """Take what the chunk under way brought; all of it or nothing."""
@@ -157,7 +150,9 @@ class Run:
             return Status.CONVERGED, "All members have ended."
         if status == Status.CONVERGED:
             return Status.CONVERGED, f"The gradient norm is at most tol = {self.settings.tol:g}."
-        return Status(int(status)), diagnosis.why_ended(Status(int(status)), self.record.history())
+        return Status(int(status)), diagnosis.why_ended(
+            Status(int(status)), self.record.history(), self.plan.method
+        )
 
     def _next_length(self) -> int:
         length = min(self.chunk_length, self.plan.capacity, self.settings.steps - self.done)
@@ -293,10 +288,8 @@ class Run:
 
     def _stop_at_once(self) -> None:
         """A second Ctrl-C: keep the chunk under way only if it is done within moments."""
-        if self.pending is not None:
-            self._wait(_GRACE_SECONDS)
-            if self.pending[0].step.is_ready():
-                self._collect()
+        if self.pending is not None and self.watch.wait(self.pending[0].step, _GRACE_SECONDS):
+            self._collect()
         if self.pending is not None or _deleted(self.carry):
             raise KeyboardInterrupt(
                 f"stopped at once: outer steps {self.done} and later are lost"
@@ -309,23 +302,22 @@ class Run:
         self.ended = Status.INTERRUPTED, f"{type(error).__name__} in a callback or an iterable."
         if _deleted(self.carry) or isinstance(error, jax.errors.JaxRuntimeError):
             return  # a device failed in the middle of a chunk that it had been given, or a process is gone
-        self._keep(last=True)
+        self._keep()
         _attach(error, self.result()[0])
 
-    def _keep(self, last: bool = False) -> None:
-        """Write a checkpoint, in the background unless it is the last."""
-        if self.keeper is None:
+    def _keep(self) -> None:
+        """Write a checkpoint, in the background."""
+        if self.keeper is not None and self.done and self.keeper.kept != self.done:
+            self._note(self.keeper.save(self))
+
+    def _note(self, problem: str | None) -> None:
+        """A checkpoint that could not be written: the first is warned of, the last is in the message."""
+        if problem is None:
             return
-        problems = []
-        if self.done and self.keeper.kept != self.done:
-            problems.append(self.keeper.save(self))
-        if last:
-            problems.append(self.keeper.written())
-        for problem in filter(None, problems):
-            if not self.notes:
-                with contextlib.suppress(RuntimeWarning):  # the run goes on even where warnings are errors
-                    warnings.warn(problem, RuntimeWarning, stacklevel=5)
-            self.notes = [problem]
+        if not self.notes:
+            with contextlib.suppress(RuntimeWarning):  # the run goes on even where warnings are errors
+                warnings.warn(problem, RuntimeWarning, stacklevel=5)
+        self.notes = [problem]
 
     def _finish(self) -> Result:
         result, warned = self.result()
@@ -349,6 +341,8 @@ class Run:
         result, warned = report.result(
             self.plan, self.member(), self.record, self.sources[1], self.test, status, message
         )
+        if self.keeper is not None:
+            self._note(self.keeper.written())
         placement = self.settings.placement
         result = dataclasses.replace(
             result,

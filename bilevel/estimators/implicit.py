@@ -67,8 +67,11 @@ class Implicit:
             raise ValueError("batches= averages inner losses, and a FixedPoint has none.")
         return self.solver.init(point.params)
 
-    def estimate(self, problem, state, point, hparams, draw, valid, key):
-        """Eq. (2) at the point given, with the last batch of the draw or fresh ones."""
+    def estimate(self, problem, state, point, hparams, draw, valid, key, *, atol=None):
+        """Eq. (2) at the point given, with the last batch of the draw or fresh ones.
+
+        ``atol``: absolute residual of the system to ask for, in place of the solver's tolerances.
+        """
 
         def outer(params, hparams):
             return outer_value(problem, params, hparams, valid, point.model_state)
@@ -77,7 +80,8 @@ class Implicit:
             point.params, hparams
         )
         matvec, both = self._products(problem, point, hparams, draw)
-        v, state, solve = self.solver.solve(matvec, b, state, key)
+        rtol = None if atol is None else 0.0
+        v, state, solve = self.solver.solve(matvec, b, state, key, rtol=rtol, atol=atol)
         if isinstance(problem, FixedPoint):  # its matrix is not symmetric: definiteness says nothing
             solve = solve._replace(negative_curvature=jnp.bool_(False))
         hv, cross = both(v)
