@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bilevel import fingerprint, hosts
-from bilevel.data import Minibatches, Source, Stacked, Whole, WithRng, shardings
+from bilevel.data import Minibatches, Source, Stacked, Whole, WithRng, is_iterable, shardings
 from bilevel.problem import PyTree, StaticTree
 from bilevel.result import Result
 from bilevel.trees import readable
@@ -270,7 +270,7 @@ def refuse_explicit(**trees: PyTree) -> None:
     Derivatives need to know that mesh: JAX then fails deep inside a loss. Under `jax.jit` the mesh of its
     arguments is known: where there are tracers nothing is refused.
     """
-    leaves = [(name, leaf) for name, tree in trees.items() for leaf in jax.tree.leaves(tree)]
+    leaves = [(name, leaf) for name, tree in trees.items() for leaf in jax.tree.leaves(tree, is_iterable)]
     if any(isinstance(leaf, jax.core.Tracer) for _, leaf in leaves):
         return
     context = jax.sharding.get_abstract_mesh()

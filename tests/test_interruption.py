@@ -174,17 +174,6 @@ def twice(seconds):
         return child.outcome()
 
 
-def test_a_process_may_end_while_a_chunk_is_under_way():
-    """It waits for the device, which cannot be stopped, and ends as it should."""
-    with Child(LONG.replace("np.inf", "4e6").replace("sys.argv[1]", "None")) as child:
-        child.until("under way")
-        child.send(signal.SIGINT)
-        time.sleep(0.1)
-        child.send(signal.SIGINT)
-        out = child.outcome()
-    assert "raised" in out or out["status"] == "INTERRUPTED"
-
-
 def test_a_chunk_that_is_done_within_moments_is_kept():
     out = twice(1.2)
     assert (out.get("status"), out.get("steps")) == ("INTERRUPTED", 2), out
