@@ -29,6 +29,7 @@ else:
 _STEP = re.compile(r"step-(\d{8,})\.npz")
 _TEMPORARY = re.compile(r"\.step-\d{8,}\.npz\.[0-9a-f]{8}\.tmp")
 _LOCK = "lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,11 @@ class Folder:
                 (self.path / name).unlink(missing_ok=True)
             self._try_to_write()
         except OSError as error:
+            if (
+                error.errno in _FULL
+            ):  # there may be room later, and the checkpoints that are there can be read
+                warnings.warn(self._unwritable(error) + " The run goes on.", RuntimeWarning, stacklevel=3)
+                return self
             self.__exit__()
             raise ValueError(self._unwritable(error)) from error
         return self
@@ -224,9 +230,10 @@ class Folder:
                     RuntimeWarning,
                     stacklevel=3,
                 )
-            os.ftruncate(file, 0)
-            os.lseek(file, 0, os.SEEK_SET)
-            os.write(file, f"{os.getpid()}\n".encode())
+            with contextlib.suppress(OSError):  # who it is, for the message; a full disk has no room for it
+                os.ftruncate(file, 0)
+                os.lseek(file, 0, os.SEEK_SET)
+                os.write(file, f"{os.getpid()}\n".encode())
         except OSError as error:
             os.close(file)
             raise ValueError(self._unwritable(error)) from error
@@ -326,7 +333,8 @@ def check_same_run(stored: dict, mine: dict, where: str | os.PathLike) -> None:
     if inputs:
         listed = " and ".join([", ".join(inputs[:-1]), inputs[-1]] if inputs[1:] else inputs)
         verb = "differ" if inputs[1:] or inputs[0].endswith("params") else "differs"
-        raise ValueError(f"checkpoint: {where} holds another run: {listed} {verb}. {fix}")
+        strata = _other_strata(stored, mine)
+        raise ValueError(f"checkpoint: {where} holds another run: {listed} {verb}. {strata}{fix}")
     there, here = stored.get("versions") or {}, mine.get("versions") or {}
     if there == here:
         raise ValueError(
@@ -339,6 +347,23 @@ def check_same_run(stored: dict, mine: dict, where: str | os.PathLike) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+_STRATA = re.compile(r", strata=(\d+)")
+
+
+def _other_strata(stored: dict, mine: dict) -> str:
+    """Advice where batches are drawn from other strata and nothing else of the sampling differs."""
+    for name, text in mine.items():
+        there = stored.get(name, "")
+        same = _STRATA.sub("", text) == _STRATA.sub("", there) if name.startswith("sampling of") else False
+        if same and text != there:
+            then, now = (found.group(1) if (found := _STRATA.search(t)) else "1" for t in (there, text))
+            return (
+                f"Batches were drawn with strata={then}, and now with strata={now}: by default there are as "
+                f"many as shards of the rows. bilevel.minibatches(..., strata={then}) goes on from there. "
+            )
+    return ""
 
 
 def _listed(versions: dict) -> str:

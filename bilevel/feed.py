@@ -60,6 +60,8 @@ class Feed:
         self.why_ended: str | None = None
         # How batches get onto the devices of a mesh: (batches, name, leading axes) -> batches.
         self.place: Callable = lambda batches, name, leading: jax.tree.map(jnp.asarray, batches)
+        # Names of the two parts of each batch, if it is a pair.
+        self.halves: tuple[str, ...] = ()
         self._state: str | None = None
         self._start(1)
         try:
@@ -71,6 +73,9 @@ class Feed:
             self.close()
             raise
         self.last_chunk: tuple[Fed | None, int] = (None, 0)
+        # Batches drawn for the outer steps from `_begun` on, and where the iterable stood after each step.
+        self._rows: list[PyTree] = []
+        self._begun = 0
         self._marks: dict[int, Position] = {0: (0, self._state)}
         self._shapes = _shapes(self.first)
         size = sum(x.nbytes for x in jax.tree.leaves(self.first) if isinstance(x, jax.Array)) * per_step
@@ -84,26 +89,46 @@ class Feed:
         return self._fed([one]).at(0)
 
     def _fed(self, rows: list[PyTree]) -> Fed:
-        leading = 1 if self.single else 2
-        return Fed(self.place(_stack(rows), self.name, leading), self.single, self.rng)
+        return Fed(self.placed(_stack(rows), 1 if self.single else 2), self.single, self.rng)
 
-    def chunk(self, steps: int, capacity: int) -> tuple[Fed | None, int]:
-        """Batches for up to ``steps`` outer steps, padded to ``capacity``, and how many steps they last."""
-        rows: list[PyTree] = []
-        before = max(self._marks)
-        self._marks = {before: self._marks[before]}
-        for _ in range(steps):
+    def placed(self, batches: PyTree, leading: int) -> PyTree:
+        """Batches behind ``leading`` axes on the devices of the run."""
+        if not self.halves:
+            return self.place(batches, self.name, leading)
+        return tuple(self.place(*half, leading) for half in zip(batches, self.halves, strict=True))
+
+    def check(self, check: Callable[[PyTree, str], None]) -> None:
+        """Have the first batch checked, given with its name."""
+        halves = zip(self.first, self.halves, strict=True) if self.halves else [(self.first, self.name)]
+        for half in halves:
+            check(*half)
+
+    def chunk(self, done: int, steps: int, capacity: int) -> tuple[Fed | None, int]:
+        """Batches for some outer steps, and how many steps they last.
+
+        What was drawn before for steps from ``done`` on, and not used because other data lasted fewer steps,
+        comes again.
+
+        Args:
+          done: outer steps so far.
+          steps: wanted at most.
+          capacity: what they are padded to.
+        """
+        self._rows, self._begun = self._rows[done - self._begun :], done
+        self._marks = {step: mark for step, mark in self._marks.items() if step >= done}
+        while len(self._rows) < steps:
             try:
                 batches = list(itertools.islice(self._checked(), self.per_step))
             except Exception:
-                if not rows:
+                if not self._rows:
                     raise
                 break  # first run what is there; the same error waits in the queue
             if len(batches) < self.per_step:
                 self.why_ended = self.why_ended or f"{self.name} ended after {self.taken} batches"
                 break
-            rows.append(batches[0] if self.single else _stack(batches))
-            self._marks[before + len(rows)] = self.taken, self._state
+            self._rows.append(batches[0] if self.single else _stack(batches))
+            self._marks[done + len(self._rows)] = self.taken, self._state
+        rows = self._rows[:steps]
         if not rows:
             return None, 0
         return self._fed(rows + rows[-1:] * (capacity - len(rows))), len(rows)
@@ -130,7 +155,10 @@ class Feed:
             )
 
     def position(self, steps: int) -> Position:
-        """Where it stood after so many outer steps: batches taken, and its own state where it has one."""
+        """Where it stood after so many outer steps: batches taken, and its own state where it has one.
+
+        Known of the steps from the last chunk's first on.
+        """
         return self._marks[steps]
 
     def seek(self, steps: int, position: Position) -> None:
@@ -150,7 +178,7 @@ class Feed:
                         "again: it does not give the same batches as before."
                     )
         self.taken, self._state = taken, state
-        self._marks = {steps: (taken, state)}
+        self._rows, self._begun, self._marks = [], steps, {steps: (taken, state)}
 
     # --- the thread that fetches ---
 
@@ -220,14 +248,18 @@ class EpisodeHalf:
 
     def example(self) -> Source:
         """A source with the shapes of one outer step."""
-        return Whole(self.feed.first[self.half], renewed=True)
+        return Whole(self.feed.placed(self.feed.first, 0)[self.half], renewed=True)
 
-    def chunk(self, steps: int, capacity: int) -> tuple[Fed | None, int]:
+    def chunk(self, done: int, steps: int, capacity: int) -> tuple[Fed | None, int]:
         """As `Feed.chunk`."""
         if self.half == 0:
-            self.feed.last_chunk = self.feed.chunk(steps, capacity)
+            self.feed.last_chunk = self.feed.chunk(done, steps, capacity)
         fed, lasts = self.feed.last_chunk
         return fed and Fed(fed.batches[self.half], single=True, rng=False), lasts
+
+
+# What stands for an iterable among the sources of a run.
+FED = (Feed, EpisodeHalf)
 
 
 def halves(pairs: Episodes) -> tuple[Feed, EpisodeHalf, EpisodeHalf]:
@@ -236,6 +268,7 @@ def halves(pairs: Episodes) -> tuple[Feed, EpisodeHalf, EpisodeHalf]:
     if not isinstance(feed.first, (tuple, list)) or len(feed.first) != 2:
         feed.close()
         raise ValueError(f"episodes must yield pairs (train, valid), got {validation.describe(feed.first)}.")
+    feed.halves = ("train", "valid")
     return feed, EpisodeHalf(feed, 0), EpisodeHalf(feed, 1)
 
 

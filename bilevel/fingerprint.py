@@ -10,8 +10,10 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import inspect
 import math
 import re
+import types
 from typing import Any
 
 import jax
@@ -36,6 +38,8 @@ _SILENT = {
     "jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd", "out_trees",
 }  # fmt: skip
 _PLACEMENTS = (Sharding, Mesh, AbstractMesh)
+# Values that a host callback may enclose, and which say what they are.
+_ENCLOSED = (bool, int, float, complex, str, bytes, np.ndarray, np.generic)
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
@@ -127,6 +131,8 @@ def _value(value, seen) -> str:
         case functools.partial():
             parts = value.func, value.args, value.keywords
             return f"partial({','.join(_value(x, seen) for x in parts)})"
+        case types.FunctionType():
+            return f"{value.__module__}.{value.__qualname__}{_body(value, seen)}"
         case _ if callable(value) and hasattr(value, "__qualname__"):
             return f"{getattr(value, '__module__', '')}.{value.__qualname__}"
         case _ if dataclasses.is_dataclass(value):
@@ -135,6 +141,14 @@ def _value(value, seen) -> str:
         case _ if hasattr(value, "shape") and hasattr(value, "dtype"):
             return _aval(value)
     return _plain(value)
+
+
+def _body(fn: types.FunctionType, seen) -> str:
+    """What a function that the host calls computes: its code, and the plain values that it encloses."""
+    cells = inspect.getclosurevars(fn).nonlocals
+    enclosed = [x for x in (*cells.values(), *(fn.__defaults__ or ())) if isinstance(x, _ENCLOSED)]
+    constants = [x for x in fn.__code__.co_consts if isinstance(x, _ENCLOSED)]
+    return _sha(f"{fn.__code__.co_code.hex()} {_value((*enclosed, *constants), seen)}")
 
 
 def _plain(value) -> str:

@@ -6,13 +6,17 @@ import contextlib
 import queue
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after the chunk; a second SIGINT raises at once.
+    """Turns the first SIGINT or SIGTERM into a wish to stop after the chunk; a second SIGINT raises.
+
+    It raises where the run only waits (`waiting`): at once there, else as soon as it comes to such a place,
+    so that what is being put on record is never torn apart. A third one raises wherever it strikes.
 
     Only the main thread can listen to signals; elsewhere nothing is changed. A signal that is ignored (as
     Ctrl-C is in a job that a script has sent to the background) stays so.
@@ -20,6 +24,8 @@ class Interrupt:
 
     why: str | None = None
     at_once = False
+    _struck = 0
+    _waits = False
 
     def __enter__(self) -> Interrupt:
         self._previous: dict = {}
@@ -31,10 +37,24 @@ class Interrupt:
 
     def _handle(self, number, frame) -> None:
         del frame
-        if number == signal.SIGINT and self.why is not None:
-            self.at_once = True
-            raise KeyboardInterrupt
-        self.why = "Interrupted by the user." if number == signal.SIGINT else "Ended by SIGTERM."
+        if number == signal.SIGINT:
+            self._struck += 1
+            self.at_once = self._struck > 1
+            if self._struck > 2 or self.at_once and self._waits:
+                raise KeyboardInterrupt
+        if self.why is None:
+            self.why = "Interrupted by the user." if number == signal.SIGINT else "Ended by SIGTERM."
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Where a second Ctrl-C may strike."""
+        self._waits = True
+        try:
+            if self.at_once:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._waits = False
 
     def __exit__(self, *exc) -> None:
         for number, previous in self._previous.items():

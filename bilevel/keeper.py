@@ -17,6 +17,7 @@ from bilevel import archive, data, fingerprint, hosts, loop
 from bilevel.checkpoint import Checkpoints, Folder, check_same_run, versions
 from bilevel.feed import Feed
 from bilevel.placement import Placement, put
+from bilevel.populations import Population
 from bilevel.problem import Status
 
 
@@ -46,17 +47,10 @@ class Keeper:
             feed.resumable(spec.reread)
 
     def __enter__(self) -> Keeper:
-        failed: Exception | None = None
-        if self._writes:
-            try:
+        with hosts.agreed(self._spans, "The first process cannot write checkpoints; see its own error."):
+            if self._writes:
                 self._folder.__enter__()
                 self._open = True
-            except Exception as error:
-                failed = error
-        if self._spans and hosts.gather([failed is not None])[0, 0] and failed is None:
-            raise hosts.PeerError("The first process cannot write checkpoints; see its own error.")
-        if failed is not None:
-            raise failed
         return self
 
     def __exit__(self, *exc) -> None:
@@ -76,20 +70,12 @@ class Keeper:
         """
         content: bytes | None = None
         where = str(self.path)
-        failed: Exception | None = None
-        if self._writes:
-            try:
-                newest = self._folder.newest()
-                if newest is not None:
-                    content, where = newest[0], str(newest[1])
-            except Exception as error:
-                failed = error
+        with hosts.agreed(self._spans, "The first process cannot read its checkpoints; see its own error."):
+            newest = self._folder.newest() if self._writes else None
+            if newest is not None:
+                content, where = newest[0], str(newest[1])
         if self._spans:
-            if hosts.gather([failed is not None])[0, 0] and failed is None:
-                raise hosts.PeerError("The first process cannot read its checkpoints; see its own error.")
-            content = hosts.share(content) if failed is None else None
-        if failed is not None:
-            raise failed
+            content = hosts.share(content)
         if content is None:
             return None
         trees, meta = archive.read(content)
@@ -104,7 +90,7 @@ class Keeper:
         problem = self.written()
         members = [run.carry.member, *(part for _, part in run.dropped)]
         trees = {
-            "members": [list(map(_own, jax.tree.leaves(hosts.fetch(member)))) for member in members],
+            "members": [self._leaves(member) for member in members],
             "places": [
                 np.zeros(0, np.int64) if run.active is None else run.active,
                 *(p for p, _ in run.dropped),
@@ -115,11 +101,11 @@ class Keeper:
         every = [positions]
         if self._spans:
             every = [content.decode() for content in hosts.gather_bytes(positions.encode())]
-        self.kept = run.done
         meta = {
             "kind": "checkpoint",
             "step": run.done,
             "told": run.told,
+            "halved": run.halved,
             "tol": run.settings.tol,
             "seconds": time.perf_counter() - run.began,
             "positions": every,
@@ -128,7 +114,13 @@ class Keeper:
         }
         if self._writes:
             self._writing = self._writer.submit(self._folder.write, run.done, trees, meta)
+        self.kept = run.done
         return problem
+
+    def _leaves(self, member: loop.Member) -> list:
+        """On the host of the process that writes; others have a part in bringing them, and keep nothing."""
+        leaves = (hosts.fetch(leaf, here=self._writes) for leaf in jax.tree.leaves(member))
+        return [_own(leaf) for leaf in leaves if self._writes]
 
     def written(self) -> str | None:
         """Wait until the last file is written; a sentence where that failed."""
@@ -138,11 +130,11 @@ class Keeper:
     def restore(self, run, trees: dict, meta: dict) -> None:
         """Put a run where a checkpoint says."""
         run.record.restore(trees)
-        run.told, self.kept = meta["told"], meta["step"]
+        run.told, run.halved, self.kept = meta["told"], meta["halved"], meta["step"]
         run.began = time.perf_counter() - meta["seconds"]
         members = [self._member(run, leaves) for leaves in trees["members"]]
         if run.settings.tol < meta["tol"]:
-            members[0] = _going_on(members[0])
+            members[0] = self._going_on(members[0], meta)
         run.carry = self._carry(run, members[0])
         if run.active is not None:
             run.active = np.asarray(trees["places"][0])
@@ -159,8 +151,20 @@ class Keeper:
                 f"checkpoint: {self.path} is of a run by {len(every)} processes, each with an iterable of "
                 "its own; go on with as many."
             )
-        for feed, position in zip(self._feeds, json.loads(every[index]), strict=True):
-            feed.seek(meta["step"], tuple(position))
+        with hosts.agreed(self._spans, "The data of another process cannot go on; see its own error."):
+            for feed, position in zip(self._feeds, json.loads(every[index]), strict=True):
+                feed.seek(meta["step"], tuple(position))
+
+    def _going_on(self, member: loop.Member, meta: dict) -> loop.Member:
+        """What has converged to a larger tolerance goes on."""
+        converged = np.asarray(member.status) == Status.CONVERGED
+        if np.any(converged & (np.asarray(member.attempted) < meta["step"])):
+            raise ValueError(
+                f"checkpoint: some members in {self.path} converged to tol = {meta['tol']:g} before the "
+                "others, and cannot catch up with them to a smaller one. Give that tol, or another folder."
+            )
+        status = jnp.where(member.status == Status.CONVERGED, Status.RUNNING, member.status)
+        return dataclasses.replace(member, status=status.astype(jnp.int32))
 
     def _member(self, run, leaves: list) -> loop.Member:
         """A member, or members, of a run on its devices."""
@@ -171,6 +175,13 @@ class Keeper:
             raise ValueError(f"checkpoint: {self.path} holds a state of other shapes than this run has.")
         if self._placement is None:
             return jax.tree.unflatten(treedef, [_copied(leaf) for leaf in leaves])
+        axis = self._placement.population_axis
+        left, shards = np.shape(leaves[-1]), self._placement.mesh.shape[axis] if axis else 1
+        if run.plan.population and left[0] % shards:
+            raise ValueError(
+                f"checkpoint: {left[0]} members of {self.path} are left, which the {shards} devices of the "
+                f"mesh along {axis!r} cannot share; go on with a number of devices that divides them."
+            )
         shardings = jax.tree.leaves(run.plan.layout.tree().member)
         placed = [put(leaf, s) for leaf, s in zip(leaves, shardings, strict=True)]
         return jax.tree.unflatten(treedef, placed)
@@ -212,19 +223,14 @@ def _copied(leaf):
     return leaf if _is_key(leaf) else jnp.array(leaf, copy=True)
 
 
-def _going_on(member: loop.Member) -> loop.Member:
-    """What has converged to a larger tolerance goes on."""
-    status = jnp.where(member.status == Status.CONVERGED, Status.RUNNING, member.status)
-    return dataclasses.replace(member, status=status.astype(jnp.int32))
-
-
-def identity(plan: loop.Plan, arguments: tuple, test) -> dict[str, str]:
+def identity(plan: loop.Plan, arguments: tuple, test, population: Population | None) -> dict[str, str]:
     """What makes a run the same: its program, traced without a mesh, and all that it begins with.
 
     Args:
       plan: of the run.
       arguments: params, hparams, key, train, valid, model state: those of `loop.compiled_start`.
       test: third source, or None.
+      population: of the run, or None.
     """
     bare = dataclasses.replace(plan, layout=None, axis=None)
     params, hparams, key, *sources, model_state = arguments
@@ -245,7 +251,8 @@ def identity(plan: loop.Plan, arguments: tuple, test) -> dict[str, str]:
         if isinstance(source, data.Minibatches)
     }
     return {
-        "program": _program(traced),
+        "program": "".join(map(_program, traced)),
+        **({} if population is None else {"population": f"{population.n} {population.halve_every}"}),
         **{name: fingerprint.arrays(tree) for name, tree in trees.items() if tree is not None},
         **sampling,
     }
@@ -262,10 +269,12 @@ def _program(traced: Any) -> str:
     return _programs[jaxpr]
 
 
-def _traced(plan: loop.Plan, shapes: tuple):
+def _traced(plan: loop.Plan, shapes: tuple) -> tuple[Any, Any]:
+    """The programs of the start, with all numbers that live in the first state, and of a chunk."""
     *start, test = shapes
-    carry = loop.compiled_start(plan).eval_shape(*start)[0]  # kept by JAX, unlike loop.abstract_start
-    return loop.compiled(plan).trace(carry, np.int32(0), np.float64(0), start[3], start[4], test)
+    begun = loop.compiled_start(plan).trace(*start)
+    carry = begun.out_info[0]
+    return begun, loop.compiled(plan).trace(carry, np.int32(0), np.float64(0), start[3], start[4], test)
 
 
 def _shape(leaf):

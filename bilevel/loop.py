@@ -179,6 +179,18 @@ def compiled_choice(plan: Plan):
 
 
 @functools.lru_cache(maxsize=64)
+def compiled_dropping(plan: Plan):
+    """The jitted carry in which the members that run, and are not among those kept, are dropped."""
+
+    def dropped(carry: Carry, kept) -> Carry:
+        running = carry.member.status == Status.RUNNING
+        status = jnp.where(running & ~kept, jnp.int32(Status.DROPPED), carry.member.status)
+        return dataclasses.replace(carry, member=dataclasses.replace(carry.member, status=status))
+
+    return jax.jit(dropped, donate_argnums=0, out_shardings=plan.layout and plan.layout.tree())
+
+
+@functools.lru_cache(maxsize=64)
 def compiled_gathering(plan: Plan):
     """The jitted join of parts of a population, by their places in the joined order."""
 
@@ -285,7 +297,9 @@ def _advance(plan: Plan, t, tol, sources, valid, test, member: Member):
         new = Pair(info.params, info.hparams, info.model_state, value, t)
         best = jax.lax.cond(better, lambda: new, lambda: best)
     gap = info.grad_norm + (info.error if info.error_kind == CERTIFIED else 0)
-    done = info.accepted & due & (gap <= tol) & (info.status == Status.RUNNING)
+    # A method that can go no further has converged where it is close enough.
+    ends = due & (info.status == Status.RUNNING) | (info.status == Status.STALLED)
+    done = info.accepted & (gap <= tol) & ends
     member = dataclasses.replace(
         member,
         state=state,

@@ -145,7 +145,7 @@ def warn_where_too_large(memory: Memory) -> None:
         warnings.warn(
             f"The run needs more memory than the device has: {memory!r}. Shard params over more devices, "
             "take smaller batches, a shorter or truncated trajectory, or keep_best=False.",
-            ResourceWarning,
+            RuntimeWarning,
             stacklevel=2,
         )
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from bilevel import hosts, validation
 from bilevel.checkpoint import as_checkpoints
 from bilevel.keeper import Keeper, identity
+from bilevel.placement import several_hosts
 from bilevel.preparation import Given, prepare
 from bilevel.problem import Method, Problem
 from bilevel.result import Result
@@ -111,12 +112,16 @@ def optimize(
             problem, method, params, hparams, train, valid, key, mesh, test, constraints, model_state,
             population, judge_every, keep_best,
         )  # fmt: skip
-        ready = prepare(stack, given)
+        spans = several_hosts(mesh, (params, hparams, train, valid, test, model_state))
+        stack.enter_context(hosts.watched(spans))
+        with hosts.agreed(spans, "Another process could not begin the run; see its own error."):
+            ready = prepare(stack, given)
         settings = Settings(steps, tol, callbacks, began, population, ready.placement)
-        stack.enter_context(hosts.watched(settings.spans_hosts))
+        # Where nothing but batches of an iterable lies on several hosts, it is known only now.
+        stack.enter_context(hosts.watched(settings.spans_hosts and not spans))
         keeper = stored = None
         if spec is not None:
-            same = identity(ready.plan, ready.arguments, ready.test)
+            same = identity(ready.plan, ready.arguments, ready.test, population)
             keeper = stack.enter_context(Keeper(spec, same, ready.feeds, ready.placement))
             stored = keeper.stored()
         carry = ready.abstract_carry() if stored else ready.first_carry()

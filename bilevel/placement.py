@@ -9,6 +9,7 @@ the best pair) is laid out as they are.
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -76,14 +77,58 @@ class Placement:
         """Batches of an iterable behind ``leading`` axes; of several processes each gives its own rows."""
         if not self.spans_hosts:
             return self._placed(batches, name, self._by_rows(batches, leading, name))
-        split = self._by_rows(batches, leading, name, share=jax.process_count())
+        split = self._by_rows(batches, leading, name, share=len(set(self._parts().values())))
 
         def placed(leaf):
-            if _lies(leaf):
-                return _converted(leaf, self.mesh)
-            return jax.make_array_from_process_local_data(split(leaf), np.asarray(leaf))
+            return _converted(leaf, self.mesh) if _lies(leaf) else _put_own(leaf, split(leaf))
 
         return jax.tree.map(placed, batches)
+
+    def check_fed(self, batch: PyTree, name: str) -> None:
+        """Whether the processes give parts of one batch; collective where there are several.
+
+        Raises:
+          ValueError: nothing says how batches are split; shapes that differ from process to process; arrays
+            of which two processes hold the same rows and do not give the same.
+        """
+        if not self.spans_hosts:
+            return
+        leaves = [
+            (name + jax.tree_util.keystr(path), leaf)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]
+            if not _lies(leaf)
+        ]
+        # A mesh of members only has all rows everywhere.
+        if leaves and not self.spreads and (DATA in self.mesh.shape or not self.members):
+            raise ValueError(
+                f"{name} is an iterable, of which each process gives its own rows, but nothing says how they "
+                f'are split: pass mesh=, with an axis "{DATA}"; it is the mesh that the other arrays lie on.'
+            )
+        split = self._by_rows(batch, 0, name, share=len(set(self._parts().values())))
+        mine = self._parts()[jax.process_index()]
+        facts = []
+        for _, leaf in leaves:
+            part = "all rows" if split(leaf).is_fully_replicated else f"rows of {mine}"
+            facts.append([f"{np.shape(leaf)} {jnp.result_type(leaf)}", part, fingerprint.arrays(leaf)])
+        every = [json.loads(content) for content in hosts.gather_bytes(json.dumps(facts).encode())]
+        _check_parts([where for where, _ in leaves], every, name)
+
+    def _parts(self) -> dict[int, tuple[int, ...]]:
+        """Of each process the places along the axis "data" that its devices have."""
+        if DATA not in self.mesh.shape:
+            return dict.fromkeys({device.process_index for device in self.mesh.devices.flat}, ())
+        held: dict[int, set[int]] = {}
+        axis = self.mesh.axis_names.index(DATA)
+        for place, device in np.ndenumerate(self.mesh.devices):
+            held.setdefault(device.process_index, set()).add(place[axis])
+        parts = {process: tuple(sorted(places)) for process, places in held.items()}
+        kinds = set(parts.values())
+        if len(set(map(len, kinds))) > 1 or sum(map(len, kinds)) != self.mesh.shape[DATA]:
+            raise ValueError(
+                f'mesh: its axis "{DATA}" gives the processes parts that overlap, so that none can give rows '
+                "of its own. Make the mesh with jax.make_mesh."
+            )
+        return parts
 
     def returned(self, tree: PyTree) -> PyTree:
         """The tree on the mesh as the user made it."""
@@ -140,6 +185,34 @@ class Placement:
         return jax.tree.map(placed, tree)
 
 
+def _check_parts(names: list[str], every: list[list], name: str) -> None:
+    """Whether what the processes say of their first batch, see `Placement.check_fed`, goes together."""
+    shapes = [[shape for shape, _, _ in facts] for facts in every]
+    for process, other in enumerate(shapes):
+        if other != shapes[0]:
+            raise ValueError(
+                f"{name} differs from process to process: batches of shape {', '.join(other)} in process "
+                f"{process}, {', '.join(shapes[0])} in process 0. Each process has to give as many rows."
+            )
+    for i, where in enumerate(names):
+        of_parts: dict[str, str] = {}
+        for facts in every:
+            _, part, digest = facts[i]
+            if of_parts.setdefault(part, digest) != digest:
+                raise ValueError(
+                    f"{where} of the first batch differs between processes whose devices hold the same of it "
+                    f"({part}). Give the same in each of them. Only arrays with as many rows as the longest "
+                    f'of a batch are split over the mesh axis "{DATA}": repeat for each row what belongs to '
+                    "the rows of one process."
+                )
+
+
+def several_hosts(mesh, tree: PyTree) -> bool:
+    """Whether a run with ``mesh=`` and these arguments is one of several processes; iterables do not tell."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_iterable) if isinstance(leaf, jax.Array)]
+    return hosts.shared(leaves) or (isinstance(mesh, Mesh) and mesh.is_multi_process)
+
+
 def find(mesh, population: bool, trees: dict[str, PyTree]) -> Placement | None:
     """The placement that ``mesh=`` and the arrays given ask for; None for one device.
 
@@ -165,6 +238,7 @@ def find(mesh, population: bool, trees: dict[str, PyTree]) -> Placement | None:
         source, given = next(on_mesh, ("", None))
     explicit = given is not None and AxisType.Explicit in given.axis_types
     if given is None or (mesh is None and given.size == 1 and not explicit):
+        _check_one_place(lying)
         return None
     for name, leaf in lying:
         other = getattr(leaf.sharding, "mesh", None)
@@ -187,6 +261,18 @@ def find(mesh, population: bool, trees: dict[str, PyTree]) -> Placement | None:
         )
     members = population and POPULATION in given.axis_names
     return Placement(auto, given, spreads=mesh is not None and DATA in given.axis_names, members=members)
+
+
+def _check_one_place(lying: list[tuple[str, Any]]) -> None:
+    """Whether arrays that were put somewhere without a mesh are all on the same devices."""
+    for name, leaf in lying[1:]:
+        first, other = lying[0][1].sharding, leaf.sharding
+        if first.device_set != other.device_set:
+            raise ValueError(
+                f"{name} was put on {_devices(other)}, but {lying[0][0]} on {_devices(first)}: all arrays "
+                "of a run lie on one device or on one mesh. Put them there with jax.device_put, or leave "
+                "them as numpy."
+            )
 
 
 def _check_mesh(mesh, population: bool) -> None:
@@ -237,6 +323,14 @@ def put(leaf, sharding: NamedSharding):
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     array = np.asarray(leaf)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _put_own(leaf, sharding: NamedSharding):
+    """An array on a mesh of which each process gives its own part."""
+    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        data = _put_own(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
 
 def _converted(leaf: jax.Array, mesh: Mesh) -> jax.Array:
@@ -297,7 +391,7 @@ def layout(
 
     A leaf belongs to one if its path ends with that one's path and its last axes are that one's (moments of
     an optimiser, a warm start, rows of a limited-memory matrix); all others are on every device. In a
-    population all have the axis of members in front.
+    population all have the axis of members in front. What the host reads is on every device.
     """
     originals = {
         "params": _specs(params, members),
@@ -306,7 +400,7 @@ def layout(
     front = (placement.population_axis,) if members is not None else ()
 
     def sharding(path, leaf):
-        if jax.tree_util.keystr(path[:1]) != ".member":
+        if jax.tree_util.keystr(path[:1]) != ".member" or jax.tree_util.keystr(path) in _READ:
             return placement.sharding()
         shape = leaf.shape[len(front) :]
         order = ("hparams", "params") if _OUTER & set(map(_name, path)) else ("params", "hparams")
@@ -318,6 +412,7 @@ def layout(
 
 
 _OUTER = {"free", "outer", "hparams"}
+_READ = {".member.status", ".member.attempted", ".member.best.value", ".member.best.step"}
 
 
 def _name(key) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bilevel import validation
 from bilevel.problem import HParams, Params
@@ -107,20 +108,39 @@ def population(n: int, sample: Callable | None = None, halve_every: int | None =
 
 
 def member_of(tree, i: int) -> Any:
-    """One member of a stacked tree."""
-    return jax.tree.map(lambda x: x[i], tree)
+    """One member of a stacked tree; collective where the members are split over several processes."""
+
+    def own(x):
+        sharding = getattr(x, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            return x[i]
+        if AxisType.Explicit in sharding.mesh.axis_types:
+            # JAX wants to be told where an entry of an axis that is split over an Explicit one lies.
+            rest = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+            entry = jax.sharding.auto_axes(lambda x: x[i], out_sharding=rest)(x)
+        else:
+            entry = x[i]
+        # One exchange between processes after the other.
+        return entry if x.is_fully_addressable else jax.block_until_ready(entry)
+
+    return jax.tree.map(own, tree)
 
 
-def survivors(values: np.ndarray, failed: np.ndarray, shards: int = 1) -> np.ndarray:
+def survivors(values: np.ndarray, failed: np.ndarray, dropped: np.ndarray) -> np.ndarray:
     """Which members stay after a halving, in their order: the better half, those that failed last.
 
     Args:
       values: the lowest outer value of each so far; nan counts as the worst.
       failed: those that diverged.
-      shards: how many stay is a multiple of this, which the mesh asks for.
+      dropped: those that were dropped before; they do not come back.
     """
-    n = len(values)
-    keep = -(-n // 2)
-    keep = min(n, -(-keep // shards) * shards)
-    order = np.lexsort((np.where(np.isnan(values), np.inf, values), failed))
+    keep = -(-int((~dropped).sum()) // 2)
+    order = np.lexsort((np.where(np.isnan(values), np.inf, values), failed, dropped))
     return np.sort(order[:keep])
+
+
+def padded(keep: np.ndarray, members: int, shards: int) -> np.ndarray:
+    """The places of those who stay, and of so many others that ``shards`` divide them; in their order."""
+    others = np.setdiff1d(np.arange(members), keep)
+    missing = min(-len(keep) % shards, len(others))
+    return np.sort(np.concatenate([keep, others[:missing]]))

@@ -13,7 +13,7 @@ import numpy as np
 from bilevel import data, loop, placement, validation
 from bilevel.constraints import bind
 from bilevel.defaults import default_method
-from bilevel.feed import EpisodeHalf, Feed, halves
+from bilevel.feed import FED, EpisodeHalf, Feed, halves
 from bilevel.loop import Plan
 from bilevel.placement import Placement
 from bilevel.populations import Population, member_of
@@ -22,7 +22,6 @@ from bilevel.trees import readable
 
 # Rows of a chunk's buffers: no chunk has more outer steps.
 _CAPACITY = 512
-_FED = (Feed, EpisodeHalf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +116,7 @@ def prepare(stack: contextlib.ExitStack, given: Given) -> Prepared:
             "train": _arrays_of(sources[0]),
             "valid": _arrays_of(sources[1]),
             "test": test,
+            "key": key,
         },
     )
     if place is not None:
@@ -129,22 +129,23 @@ def prepare(stack: contextlib.ExitStack, given: Given) -> Prepared:
         test = test and place.source(test, "test")
         for feed in feeds:
             feed.place = place.fed
+            feed.check(place.check_fed)
         sources = [
-            source if isinstance(source, _FED) else place.source(source, name)
+            source if isinstance(source, FED) else place.source(source, name)
             for source, name in zip(sources, ("train", "valid"), strict=True)
         ]
-    examples = [source.example() if isinstance(source, _FED) else source for source in sources]
+    examples = [source.example() if isinstance(source, FED) else source for source in sources]
     data.check_sources(examples[0], examples[1], method.batches_per_step[0])
     keys = key if population is None else jax.jit(population.keys)(key)
     params = _first_params(problem, method, params, hparams, examples[0], keys, population)
-    fed_valid = isinstance(sources[1], _FED)
+    fed_valid = isinstance(sources[1], FED)
     plan = Plan(
         problem=problem,
         method=method,
         capacity=min([_CAPACITY, *(feed.capacity for feed in feeds)]),
         judge_every=given.judge_every,
         keep_best=bool(given.keep_best) and not fed_valid,
-        judges=examples[1].renewed and not fed_valid,
+        judges=examples[1].renewed and not fed_valid or getattr(method, "judges", False),
         tests=test is not None,
         metrics=_metrics(problem, method, params, hparams, examples, test, model_state, population),
         population=population is not None,

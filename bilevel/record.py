@@ -28,7 +28,7 @@ class Record:
 
     def __init__(self, plan: loop.Plan, hparams: PyTree, dtype, trail_dtype, members: int | None):
         self.plan, self.hparams, self.members = plan, hparams, members
-        self.done = 0
+        self.done, self._stride = 0, 0
         front = () if members is None else (members,)
         self._rows = [np.zeros((0, *front, len(plan.columns)), dtype)]
         self._seconds = [np.zeros(0)]
@@ -46,11 +46,20 @@ class Record:
         self._rows.append(rows.copy())
         self._seconds.append(seconds)
         self.done += len(rows)
-        if any(loop.quantile_leaves(self.hparams)):
-            due = steps % self.plan.judge_every == 0
-            steps, trail = steps[due], trail[due]
-        if len(steps):
-            self._trail.append((steps, loop.unpack_trail(trail.copy(), self.hparams)))
+        self._thin()
+        due = steps % self._stride == 0
+        if due.any():
+            self._trail.append((steps[due], loop.unpack_trail(trail[due], self.hparams)))
+
+    def _thin(self) -> None:
+        """Keep at most so many rows of the trajectory; which, depends on nothing but the steps done."""
+        stride = self.plan.judge_every if any(loop.quantile_leaves(self.hparams)) else 1
+        while self.done > _TRAJECTORY_ROWS * stride:
+            stride *= 2
+        if stride != self._stride:
+            self._stride = stride
+            kept = [(steps, leaves, steps % stride == 0) for steps, leaves in self._trail]
+            self._trail = [(steps[on], [leaf[on] for leaf in leaves]) for steps, leaves, on in kept]
 
     def last(self) -> dict[str, np.ndarray]:
         """The last row, by column; empty before the first."""
@@ -87,17 +96,15 @@ class Record:
         return np.concatenate(taken[::-1] or [pieces[0][:0]])
 
     def trajectory(self, hparams: PyTree) -> Trajectory:
-        """Thinned, with the hyperparameters of the end."""
+        """With the hyperparameters of the end."""
         front = () if self.members is None else (self.members,)
         dtype = self._trail[0][1][0].dtype
         end = loop.unpack_trail(loop.last_trail(hparams, front).astype(dtype), self.hparams)
         pieces = [*self._trail, (np.array([self.done]), end)]
         steps = np.concatenate([steps for steps, _ in pieces])
-        keep = np.arange(len(steps)) % (-(-len(steps) // _TRAJECTORY_ROWS)) == 0
-        keep[-1] = True
-        leaves = [np.concatenate(parts)[keep] for parts in zip(*(p for _, p in pieces), strict=True)]
+        leaves = [np.concatenate(parts) for parts in zip(*(p for _, p in pieces), strict=True)]
         tree = jax.tree.unflatten(jax.tree.structure(hparams), leaves)
-        return Trajectory(steps[keep], tree, loop.quantile_leaves(self.hparams))
+        return Trajectory(steps, tree, loop.quantile_leaves(self.hparams))
 
     def trees(self) -> dict[str, Any]:
         """Everything, for a checkpoint; the pieces become one, so that the next time takes no longer."""
@@ -111,6 +118,13 @@ class Record:
             "trail_steps": self._trail[0][0],
             "trail": trail,
         }
+
+    def lowest(self) -> np.ndarray:
+        """The lowest outer value of each member so far, inf before one."""
+        history = self.history()
+        values = history["judged" if "judged" in history else "value"]
+        seen = np.where(history["accepted"] & ~np.isnan(values), values, np.inf)
+        return seen.min(axis=0, initial=np.inf)
 
     def restore(self, trees: dict[str, Any]) -> None:
         """The inverse of `trees`."""

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from bilevel import diagnosis, hosts, loop, report
-from bilevel.feed import EpisodeHalf, Feed
+from bilevel.feed import FED
 from bilevel.interruption import Interrupt, Watch
 from bilevel.keeper import Keeper
 from bilevel.memory import analysed, warn_where_too_large
 from bilevel.placement import Placement
-from bilevel.populations import Population, survivors
+from bilevel.populations import Population, padded, survivors
 from bilevel.preparation import Prepared
 from bilevel.problem import Status
 from bilevel.progress import reporter
@@ -27,7 +27,6 @@ from bilevel.result import Result
 _CHUNK_SECONDS = 1.0
 # How long a chunk under way may take to be kept when a run is told to stop at once.
 _GRACE_SECONDS = 1.0
-FED = (Feed, EpisodeHalf)
 
 
 class _Stop:
@@ -76,9 +75,11 @@ class Run:
         self.pending: tuple[Any, float] | None = None
         self.ended: tuple[Status, str] | None = None
         self.notes: list[str] = []
-        self.watch = Watch()
+        self.warned = False
+        self.watch, self.interrupt = Watch(), Interrupt()
         self.chunk_length = 1
         self.told = 0
+        self.halved = 0
 
     @property
     def done(self) -> int:
@@ -88,18 +89,18 @@ class Run:
     def go(self, progress: bool) -> Result:
         """Run to the end, whatever it is."""
         show = progress and (hosts.first() or not self.settings.spans_hosts)
-        with Interrupt() as interrupt, self.watch:
+        with self.interrupt, self.watch:
             try:
                 with reporter(show, self.settings.steps) as show_row:
                     self._judge()
                     while self.ended is None:
                         self._advance()
                         show_row(self.done, self._row())
-                        self._between(interrupt)
+                        self._between()
             except KeyboardInterrupt:
                 self._stop_at_once()
             except Exception as error:
-                if not interrupt.at_once:
+                if not self.interrupt.at_once:
                     self._fail(error)
                     raise
                 self._stop_at_once()  # raised in a host callback of the program
@@ -109,18 +110,26 @@ class Run:
     # --- one chunk ---
 
     def _advance(self) -> None:
-        sources, length = self._feed(self._next_length())
+        with self.interrupt.waiting():
+            sources, length = self._feed(self._next_length())
         if length == 0:
+            return
+        self._halve()
+        self._judge()  # all that are left may have ended before
+        if self.ended is not None:
             return
         before = time.perf_counter()
         bounds = np.int32(self.done + length), np.float64(self.settings.tol)
         arguments = self.carry, *bounds, *sources, self.test
         if not self.measured:
             self.measured = True
-            warn_where_too_large(analysed(self.plan, arguments, self.given))
+            with self.interrupt.waiting():
+                memory = analysed(self.plan, arguments, self.given)
+            warn_where_too_large(memory)
         carry = loop.compiled(self.plan)(*arguments)
         self.pending = carry, before
-        self.watch.wait(carry.step)
+        with self.interrupt.waiting():
+            self.watch.wait(carry.step)
         self._collect()
 
     def _collect(self) -> None:
@@ -143,7 +152,9 @@ class Run:
         if self.done and not (status == Status.RUNNING).any():
             self.ended = self._by_itself(status)
         elif self.done >= self.settings.steps:
-            self.ended = Status.BUDGET, f"All {self.done} outer steps are done."
+            asked = self.settings.steps
+            more = f"; steps={asked} asked for fewer" if self.done > asked else ""
+            self.ended = Status.BUDGET, f"All {self.done} outer steps are done{more}."
 
     def _by_itself(self, status: np.ndarray) -> tuple[Status, str]:
         if status.ndim:
@@ -175,71 +186,53 @@ class Run:
 
     def _feed(self, length: int):
         """Sources for the next steps, and how many steps they last; ends the run where they do not."""
-        fed: list[Any] = []
-        failed: Exception | None = None
-        ended = ""
-        for source in self.sources:
-            if not isinstance(source, FED):
-                fed.append(source)
-                continue
-            try:
-                chunk, length = source.chunk(length, self.plan.capacity)
-            except Exception as error:
-                if not self.settings.spans_hosts:
-                    raise
-                failed, length = error, 0
-            if length == 0:
-                ended = f"{source.why_ended}."
-                break
-            fed.append(chunk)
-        if self.settings.spans_hosts and any(isinstance(source, FED) for source in self.sources):
-            length = self._shortest(length, failed)
-            ended = ended or "The data of another process ended."
+        feeding = any(isinstance(source, FED) for source in self.sources)
+        spans = feeding and self.settings.spans_hosts
+        with hosts.agreed(spans, "The data of another process failed; see its own error."):
+            fed, length, ended = self._drawn(length)
+        if spans:
+            length = int(hosts.gather([length]).min())
         if length == 0:
-            self.ended = Status.DATA_EXHAUSTED, ended
+            self.ended = Status.DATA_EXHAUSTED, ended or "The data of another process ended."
         return fed, length
 
-    def _shortest(self, length: int, failed: Exception | None) -> int:
-        shortest = int(hosts.gather([-1 if failed else length]).min())
-        if failed is not None:
-            raise failed
-        if shortest < 0:
-            raise hosts.PeerError("The data of another process failed; see its own error.")
-        return shortest
+    def _drawn(self, length: int) -> tuple[list, int, str]:
+        """Sources for the next steps of this process, how many steps they last, and why there are none."""
+        fed: list[Any] = []
+        for source in self.sources:
+            if isinstance(source, FED):
+                chunk, length = source.chunk(self.done, length, self.plan.capacity)
+                if length == 0:
+                    return fed, 0, f"{source.why_ended}."
+                fed.append(chunk)
+            else:
+                fed.append(source)
+        return fed, length, ""
 
     # --- between chunks ---
 
-    def _between(self, interrupt: Interrupt) -> None:
-        """Callbacks, halvings, checkpoints and interruption; all processes come to the same."""
-        stop, failed = False, None
-        mine = hosts.first() or not self.settings.spans_hosts
-        if mine and self.settings.callbacks and self._callback_due():
-            try:
-                stop = self._call_back()
-            except Exception as error:
-                if not self.settings.spans_hosts:
-                    raise
-                failed = error
-        why = interrupt.why
-        if self.settings.spans_hosts:
-            stop, why = self._agree(stop, failed, why)
+    def _between(self) -> None:
+        """Callbacks, checkpoints and interruption; all processes come to the same."""
+        stop, spans = False, self.settings.spans_hosts
+        mine = hosts.first() or not spans
+        with hosts.agreed(spans, "A callback of the first process failed; see its own error."):
+            if mine and self.settings.callbacks and self._callback_due():
+                with self.interrupt.waiting():
+                    stop = self._call_back()
+        why = self.interrupt.why
+        if spans:
+            stop, why = self._agree(stop, why)
         if self.ended is None and stop:
             self.ended = Status.INTERRUPTED, "A callback returned STOP."
         if self.ended is None and why is not None:
             self.ended = Status.INTERRUPTED, why
-        if self.ended is None:
-            self._halve()
-            if self.keeper is not None and self.done % self.keeper.every == 0:
-                self._keep()
+        if self.ended is None and self.keeper is not None and self.done % self.keeper.every == 0:
+            self._keep()
 
-    def _agree(self, stop: bool, failed: Exception | None, why: str | None) -> tuple[bool, str | None]:
-        said = hosts.gather([stop, failed is not None, why is not None, self.chunk_length])
-        if failed is not None:
-            raise failed
-        if said[:, 1].any():
-            raise hosts.PeerError("A callback of the first process failed; see its own error.")
-        self.chunk_length = int(said[0, 3])
-        if why is None and said[:, 2].any():
+    def _agree(self, stop: bool, why: str | None) -> tuple[bool, str | None]:
+        said = hosts.gather([stop, why is not None, self.chunk_length])
+        self.chunk_length = int(said[0, 2])
+        if why is None and said[:, 1].any():
             why = "Another process was told to stop."
         return bool(said[:, 0].any()), why
 
@@ -251,25 +244,30 @@ class Run:
         )
 
     def _call_back(self) -> bool:
-        rows, self.told = self.record.history(self.told), self.done
+        rows = self.record.history(self.told)
         replies = [callback(self.done, rows) for callback in self.settings.callbacks]
+        self.told = self.done
         return any(reply is STOP for reply in replies)
 
     def _halve(self) -> None:
         """Successive halving: the worse half of the members is set aside, and a smaller program goes on."""
         population, active = self.settings.population, self.active
         every = population and population.halve_every
-        if not every or self.done % every or active is None or len(active) == 1:
+        if not every or not self.done or self.done % every or self.halved == self.done or active is None:
             return
-        member, shards = self.carry.member, self._member_shards()
-        values = np.asarray(self._row()["value"] if member.best is None else member.best.value)
-        keep = survivors(values, np.asarray(member.status) == Status.DIVERGED, shards)
-        if len(keep) == len(active):
-            return
-        drop = np.setdiff1d(np.arange(len(active)), keep)
-        choose = loop.compiled_choice(self.plan)
-        self.dropped.append((active[drop], _dropped(choose(self.carry, drop).member)))
-        self.carry, self.active = choose(self.carry, keep), active[keep]
+        self.halved = self.done
+        status = np.asarray(self.carry.member.status)
+        values = self.record.lowest()[active]
+        keep = survivors(values, status == Status.DIVERGED, status == Status.DROPPED)
+        # Where the mesh asks for more, some of those dropped stay in the program, and do nothing.
+        places = padded(keep, len(active), self._member_shards())
+        self.carry = loop.compiled_dropping(self.plan)(self.carry, np.isin(np.arange(len(active)), keep))
+        if len(places) < len(active):
+            choose = loop.compiled_choice(self.plan)
+            aside = np.setdiff1d(np.arange(len(active)), places)
+            left, kept = choose(self.carry, aside).member, choose(self.carry, places)
+            self.dropped.append((active[aside], left))
+            self.carry, self.active = kept, active[places]
 
     def _member_shards(self) -> int:
         placement = self.settings.placement
@@ -288,6 +286,8 @@ class Run:
 
     def _stop_at_once(self) -> None:
         """A second Ctrl-C: keep the chunk under way only if it is done within moments."""
+        if self.settings.spans_hosts:
+            raise KeyboardInterrupt("stopped at once; the other processes cannot go on without this one")
         if self.pending is not None and self.watch.wait(self.pending[0].step, _GRACE_SECONDS):
             self._collect()
         if self.pending is not None or _deleted(self.carry):
@@ -299,7 +299,7 @@ class Run:
 
     def _fail(self, error: Exception) -> None:
         """What was computed goes along with an error: of a callback or an iterable, or of the devices."""
-        self.ended = Status.INTERRUPTED, f"{type(error).__name__} in a callback or an iterable."
+        self.ended = Status.INTERRUPTED, f"Ended by an error: {type(error).__name__}."
         if _deleted(self.carry) or isinstance(error, jax.errors.JaxRuntimeError):
             return  # a device failed in the middle of a chunk that it had been given, or a process is gone
         self._keep()
@@ -313,8 +313,10 @@ class Run:
     def _note(self, problem: str | None) -> None:
         """A checkpoint that could not be written: the first is warned of, the last is in the message."""
         if problem is None:
+            self.notes = []
             return
-        if not self.notes:
+        if not self.warned:
+            self.warned = True
             with contextlib.suppress(RuntimeWarning):  # the run goes on even where warnings are errors
                 warnings.warn(problem, RuntimeWarning, stacklevel=5)
         self.notes = [problem]
@@ -350,14 +352,6 @@ class Run:
             seconds=time.perf_counter() - self.began,
         )
         return (result if placement is None else placement.returned_result(result)), warned
-
-
-@jax.jit
-def _dropped(member: loop.Member) -> loop.Member:
-    running = member.status == Status.RUNNING
-    return dataclasses.replace(
-        member, status=jax.numpy.where(running, jax.numpy.int32(Status.DROPPED), member.status)
-    )
 
 
 def _deleted(carry) -> bool:

@@ -4,6 +4,7 @@ Settings are JSON: ``jobs`` (functions below), ``devices`` (of this process), ``
 ``port``, ``out`` (file of the results, written by the first process), and what the jobs take.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -152,6 +153,70 @@ def iterable():
     return facts(result)
 
 
+def pairs():
+    """As `iterable`: training and validation rows of each episode, and a number that is no one's own."""
+    processes, index = jax.process_count(), jax.process_index()
+
+    def own(rows):
+        return rows[index * len(rows) // processes : (index + 1) * len(rows) // processes]
+
+    def episodes():
+        for k in range(30):
+            rows = np.random.default_rng(k).permutation(64)
+            train, valid = own(rows[:16]), own(rows[16:24])
+            yield (X[train], Y[train], np.float64(1 + k % 3)), (X[valid], Y[valid])
+
+    def scaled(params, hparams, batch):
+        return batch[2] * inner(params, hparams, batch[:2])
+
+    problem = bilevel.Problem(scaled, outer, constraints=bilevel.positive())
+    source = bilevel.episodes(episodes())
+    result = bilevel.optimize(problem, *START, source, None, METHOD, 20, mesh=mesh(), progress=False)
+    return facts(result) | {"test": np.asarray(0.0)}
+
+
+def members():
+    """The members of a population are split over the processes; halved, kept and gone on with."""
+
+    def run(steps):
+        return optimize(
+            {"w": np.zeros((8, 8))},
+            {"l2": np.linspace(0.05, 0.4, 64).reshape(8, 8)},
+            steps=steps,
+            population=bilevel.population(8, halve_every=5),
+            test=VALID,
+            mesh=jax.make_mesh((jax.device_count(),), ("population",)),
+            checkpoint=bilevel.checkpoints(SETTINGS["folder"] + "/members", every=4),
+        )
+
+    run(6)
+    result = run(12)
+    keys = [x for x in jax.tree.leaves(result.state) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    assert keys
+    one = result.member(3)
+    whole = hosts.fetch((keys, one.params, one.hparams))
+    numbers = [np.asarray(jax.random.key_data(key)) for key in whole[0]] + jax.tree.leaves(whole[1:])
+    return (
+        facts(result)
+        | {f"member {i}": np.asarray(number) for i, number in enumerate(numbers)}
+        | {"status": result.status, "values": result.members.value, "steps": result.members.attempted}
+    )
+
+
+def iterable_for_members():
+    """Processes along the members, devices of each along the rows: each process gives all rows."""
+    shape = jax.process_count(), jax.local_device_count()
+    result = optimize(
+        {"w": np.zeros((8, 8))},
+        {"l2": np.linspace(0.05, 0.4, 64).reshape(8, 8)},
+        train=(TRAIN for _ in range(30)),
+        steps=6,
+        population=bilevel.population(8),
+        mesh=jax.make_mesh(shape, ("population", "data"), axis_types=(AxisType.Auto,) * 2),
+    )
+    return facts(result)
+
+
 def population():
     def sample(key):
         return {"w": jnp.zeros(8)}, {"l2": 0.1 + jax.random.uniform(key, (8,), float)}
@@ -242,6 +307,65 @@ def failing_iterable():
         optimize(train=batches(), mesh=mesh())
     except Exception as error:
         print(f"{type(error).__name__}: {error}", flush=True)
+    return {}
+
+
+def told(**settings):
+    """What a run fails with, and how soon."""
+    began = time.monotonic()
+    try:
+        optimize(**{"mesh": mesh(), "steps": 3, **settings})
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+    assert time.monotonic() - began < 15
+    return {}
+
+
+def empty_iterable():
+    """The last process has no data."""
+    return told(train=iter([TRAIN] * 20 if jax.process_index() == 0 else []))
+
+
+def iterables_of_other_shapes():
+    rows = 8 * (1 + jax.process_index())
+    return told(train=itertools.repeat((X[:rows], Y[:rows])))
+
+
+def iterables_with_a_number_of_their_own():
+    return told(train=itertools.repeat((*TRAIN, np.float64(jax.process_index()))))
+
+
+def iterable_that_nothing_splits():
+    replicated = NamedSharding(mesh(), PartitionSpec())
+    params = jax.make_array_from_callback((8,), replicated, lambda index: np.zeros(8)[index])
+    return told(params={"w": params}, train=itertools.repeat(TRAIN), mesh=None)
+
+
+def iterables_of_other_lengths():
+    """What is kept is where each process stood when the first one had no more; all go on from there."""
+
+    def run(lasts, folder):
+        batches = ((X + 0.01 * k, Y) for k in range(5 * lasts))
+        folder = bilevel.checkpoints(f"{SETTINGS['folder']}/{folder}", every=50, reread=True)
+        return optimize(train=batches, steps=14, mesh=mesh(), checkpoint=folder)
+
+    first = run(13 - 6 * jax.process_index(), "lengths")
+    assert len(first.history["value"]) == 7
+    print(first.message)
+    np.testing.assert_array_equal(
+        run(20, "lengths").history["value"][7:], run(20, "whole").history["value"][7:]
+    )
+    return {}
+
+
+def exchanged_in_blocks():
+    hosts._BLOCK = 5
+    index, processes = jax.process_index(), jax.process_count()
+    contents = [bytes(range(k * 7)) for k in range(processes)]
+    assert hosts.gather_bytes(contents[index]) == contents
+    assert hosts.gather_bytes(b"") == [b""] * processes
+    for content in (None, b"", b"12345", bytes(range(23))):
+        assert hosts.share(content if index == 0 else b"of another") == content
     return {}
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import bilevel
 from bilevel.data import Stacked
+from bilevel.feed import Feed
 
 INNER_STEPS = 2
 
@@ -223,6 +224,34 @@ def test_a_batch_of_another_shape_ends_the_run(odd):
     agrees(result, train, [VALID] * 4)
 
 
+@pytest.mark.parametrize(("trains", "valids"), [(200, 7), (14, 100)], ids=["valid ends", "train ends"])
+def test_data_that_last_longer_than_others_go_on_where_the_run_ended(trains, valids, tmp_path):
+    train, valid = batches(40), batches(20, seed=1)
+    folder = bilevel.checkpoints(tmp_path, every=50, reread=True)
+    first = run(iter((train * 5)[:trains]), iter((valid * 5)[:valids]), checkpoint=folder)
+    assert first.status == bilevel.Status.DATA_EXHAUSTED
+    assert len(first.history["value"]) == 7
+    assert [path.name for path in tmp_path.glob("*.npz")] == ["step-00000007.npz"]
+    again = run(iter(train), iter(valid), steps=15, checkpoint=folder)
+    whole = run(iter(train), iter(valid), steps=15)
+    same_history(again.history, whole.history)
+    assert again.params == whole.params
+
+
+def test_what_a_chunk_did_not_use_comes_again():
+    feed = Feed(({"x": np.full(3, k)} for k in range(11)), "train", 2, single=False)
+    assert feed.chunk(0, 3, 4)[1] == 3
+    fed, lasts = feed.chunk(2, 3, 4)  # two of the three steps were done
+    assert fed.batches["x"][:, :, 0].tolist() == [[4, 5], [6, 7], [8, 9], [8, 9]]
+    assert lasts == 3
+    assert [feed.position(step)[0] for step in (2, 3, 4, 5)] == [4, 6, 8, 10]
+    assert feed.chunk(3, 4, 4)[1] == 2
+    assert feed.position(3)[0] == 6
+    assert feed.why_ended is not None
+    assert feed.chunk(5, 4, 4) == (None, 0)
+    feed.close()
+
+
 class LoaderError(Exception):
     pass
 
@@ -243,6 +272,14 @@ def test_an_iterable_that_raises(steps):
     assert any("partial_result" in note for note in caught.value.__notes__)
     assert partial.history["step"].tolist() == list(range(steps))
     agrees(partial, train[: steps * INNER_STEPS], [VALID] * steps)
+
+
+def test_an_iterable_that_raises_while_another_one_goes_on(tmp_path):
+    train, folder = batches(40), bilevel.checkpoints(tmp_path, reread=True)
+    with pytest.raises(LoaderError, match="disk") as caught:
+        run(iter(train), failing([VALID] * 7), checkpoint=folder)
+    agrees(caught.value.partial_result, train[:14], [VALID] * 7)
+    assert [path.name for path in tmp_path.glob("*.npz")] == ["step-00000007.npz"]
 
 
 def test_an_iterable_that_raises_at_once():

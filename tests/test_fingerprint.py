@@ -377,3 +377,15 @@ NOT_NUMBERS = (
 def test_what_is_no_array_of_numbers(leaf):
     with pytest.raises(TypeError, match=r"got .* at \['a'\]"):
         fingerprint.arrays({"a": leaf})
+
+
+def test_host_callbacks_by_what_they_compute():
+    def scaled(factor):
+        def host(x):
+            return np.float32(factor) * x
+
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.make_jaxpr(lambda x: jax.pure_callback(host, shape, x))(jnp.float32(1))
+
+    assert fingerprint.program(scaled(1.0)) == fingerprint.program(scaled(1.0))
+    assert fingerprint.program(scaled(1.0)) != fingerprint.program(scaled(7.0))

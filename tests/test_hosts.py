@@ -1,5 +1,6 @@
 """Runs over several processes: the same numbers as in one, one voice, and a word where a process is gone."""
 
+import itertools
 import json
 import re
 import socket
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import bilevel
+from bilevel import hosts
 
 WORKER = Path(__file__).with_name("on_devices.py")
 
@@ -82,7 +84,10 @@ def test_every_estimator_and_method_agrees_with_one_device(one_device, tmp_path,
     assert_same(got, one_device("table"))
 
 
-JOBS = "whole minibatches process_local explicit sharded_params iterable population"
+JOBS = (
+    "whole minibatches process_local explicit sharded_params iterable pairs population members "
+    "iterable_for_members"
+)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,9 @@ JOBS = "whole minibatches process_local explicit sharded_params iterable populat
     ids=["2 x 2", "4 x 1"],
 )
 def test_several_processes_agree_with_one(one_device, tmp_path, jobs, processes, devices):
-    assert_same(results(jobs, tmp_path, processes, devices), one_device(jobs))
+    folders = [tmp_path / name for name in ("several", "one")]
+    got = results(jobs, tmp_path, processes, devices, folder=str(folders[0]))
+    assert_same(got, one_device(jobs, folder=str(folders[1])))
 
 
 def test_a_run_goes_on_with_other_processes(one_device, tmp_path):
@@ -101,6 +108,16 @@ def test_a_run_goes_on_with_other_processes(one_device, tmp_path):
     results("checkpoint", tmp_path, 1, 4, folder=str(run), steps=13)
     got = results("checkpoint", tmp_path, 4, 1, folder=str(run), steps=20)
     assert_same(got, one_device("checkpoint", folder=str(tmp_path / "other"), steps=20))
+
+
+def test_sizes_beyond_32_bits():
+    for size in (-1, 0, 5, 2**31, 3_000_000_000, 7 * 2**33 + 1):
+        halves = np.asarray(hosts._halves(size), np.int32)
+        assert hosts._joined(halves) == size
+    blocks = list(hosts._blocks(2**33 + 1))
+    assert (blocks[0].start, blocks[-1].stop) == (0, 2**33 + 1)
+    assert all(a.stop == b.start for a, b in itertools.pairwise(blocks))
+    assert {b.stop - b.start for b in blocks} == {hosts._BLOCK, 1}
 
 
 def test_one_process_reports_and_writes(tmp_path):
@@ -149,13 +166,28 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path):
 
 
 def test_mistakes_of_one_process_are_told_to_all(tmp_path):
-    jobs = "failing_callback failing_iterable different_arrays each_alone"
+    jobs = (
+        "failing_callback failing_iterable empty_iterable iterables_of_other_shapes "
+        "iterables_of_other_lengths iterables_with_a_number_of_their_own iterable_that_nothing_splits "
+        "different_arrays exchanged_in_blocks each_alone"
+    )
     first, second = finish(start(jobs, tmp_path, 2, 2, folder=str(tmp_path / "runs")))
     assert "KeyError: 'a mistake in a callback'" in first
     assert "PeerError: A callback of the first process failed" in second
     assert "PeerError: The data of another process failed" in first
     assert "OSError: a file is missing" in second
+    assert "PeerError: Another process could not begin the run" in first
+    assert "ValueError: train is an iterable without any batch" in second
+    assert "The data of another process ended." in first
+    assert "train ended after 35 batches" in second
     for out in (first, second):
+        for words in (
+            "train differs from process to process: batches of shape (16, 8) float64, (16,) float64 in "
+            "process 1, (8, 8)",
+            "train[2] of the first batch differs between processes whose devices hold the same of it",
+            "train is an iterable, of which each process gives its own rows, but nothing says how",
+        ):
+            assert words in out
         assert re.search(r"train differs from process to process.*make_array_from_process_local_data", out), (
             out
         )

@@ -16,8 +16,9 @@ import optax
 import pytest
 
 import bilevel
-from bilevel import Status
+from bilevel import Status, loop, report
 from bilevel.interruption import Interrupt
+from bilevel.record import Record
 from bilevel.run import Run
 
 # What a run takes long for is under way when the script says so.
@@ -287,6 +288,68 @@ def test_a_signal_while_the_last_checkpoint_is_written_costs_nothing(tmp_path, m
     result = run(steps=4, checkpoint=bilevel.checkpoints(tmp_path, every=100))
     assert result.status == Status.BUDGET
     assert (tmp_path / "step-00000004.npz").exists()
+
+
+def twice_struck():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("where", ["add", "halve", "result"])
+def test_what_is_put_on_record_is_not_torn_apart(tmp_path, monkeypatch, where):
+    """A second Ctrl-C waits until it is done; what is left goes on to the same end."""
+    starts = {"params": np.full(4, 0.5), "hparams": np.linspace(0.2, 0.8, 4)}
+    data = jnp.asarray(2.0), jnp.asarray(1.0)
+
+    def members(path=None):
+        return bilevel.optimize(
+            PROBLEM, *starts.values(), *data, METHOD, 20, progress=False, judge_every=1,
+            population=bilevel.population(4, halve_every=5),
+            checkpoint=path and bilevel.checkpoints(path, every=5),
+        )  # fmt: skip
+
+    whole, calls = members(), []
+    owner, name = {
+        "add": (Record, "add"),
+        "halve": (loop, "compiled_choice"),
+        "result": (report, "result"),
+    }[where]
+    original = getattr(owner, name)
+
+    def struck(*args, **settings):
+        calls.append(1)
+        if len(calls) == (1 if where == "result" else 2):
+            twice_struck()
+        return original(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, struck)
+        result = members(tmp_path)
+    expected = Status.INTERRUPTED if where != "result" else Status.BUDGET
+    assert expected in result.status
+    assert len(result.history["value"]) == int(np.max(result.state.count))
+    again = members(tmp_path)
+    np.testing.assert_array_equal(again.history["value"], whole.history["value"])
+    np.testing.assert_array_equal(again.status, whole.status)
+
+
+def test_a_third_signal_strikes_anywhere(monkeypatch):
+    def struck(*args, **settings):
+        twice_struck()
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(report, "result", struck)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+
+
+def test_ctrl_c_after_sigterm_is_the_first():
+    with Interrupt() as interrupt, interrupt.waiting():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.why == "Ended by SIGTERM."
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_an_interrupt_while_an_iterable_is_awaited():

@@ -500,6 +500,23 @@ def test_an_array_put_on_one_device(monkeypatch):
     fails(params, -1.0, train, DATA[1], match=words, monkeypatch=monkeypatch)
 
 
+def test_a_key_on_another_device(monkeypatch):
+    key = jax.device_put(jax.random.key(1), jax.devices()[3])
+    words = r"key was put on .*3.* by itself, but mesh= is the mesh \(data: 2\)"
+    fails(np.zeros(20), -1.0, *DATA, mesh=mesh_of(2), key=key, match=words, monkeypatch=monkeypatch)
+    params = jax.device_put(np.zeros(20), jax.devices()[0])
+    words = "key was put on .*3, but params on .*0: all arrays of a run lie on one device or on one mesh"
+    fails(params, -1.0, *DATA, key=key, match=words, monkeypatch=monkeypatch)
+
+
+def test_arrays_on_two_devices(monkeypatch):
+    params, hparams = (
+        jax.device_put(x, d) for x, d in zip((np.zeros(20), -1.0), jax.devices()[1:3], strict=True)
+    )
+    words = "hparams was put on .*2, but params on .*1: all arrays of a run lie on one device or on one mesh"
+    fails(params, hparams, *DATA, match=words, monkeypatch=monkeypatch)
+
+
 def test_members_that_do_not_divide(monkeypatch):
     members = bilevel.population(3, sample=lambda key: (jnp.zeros(20), -1.0))
     mesh = mesh_of(2, 2, names=("population", "data"))

@@ -365,6 +365,18 @@ def test_members_that_failed_are_dropped_first():
     assert result.member(0).message.startswith("Outer step 0: params became non-finite")
 
 
+def test_a_member_that_converged_is_judged_by_its_best_value():
+    """Also where no best pairs are kept, and its last row is empty."""
+    norms = small(FIVE[:4], steps=4).history["grad_norm"]
+    tol = float(np.sort(norms[1])[0]) * 1.001
+    for keep_best in (True, False):
+        result = halved(4, keep_best=keep_best, tol=tol, judge_every=1)
+        # Of the first four values its is the second lowest.
+        assert (result.status[3], result.members.attempted[3]) == (Status.CONVERGED, 2)
+        assert result.status[[0, 2]].tolist() == [Status.DROPPED] * 2
+        assert result.members.attempted[[0, 2]].tolist() == [4, 4]
+
+
 def test_halving_without_best_pairs_and_with_callbacks():
     seen = []
     result = halved(4, keep_best=False, callbacks=lambda step, rows: seen.append((step, rows)), judge_every=4)
@@ -456,10 +468,10 @@ def test_on_a_mesh(sizes):
     jax.tree.map(close, facts(many), facts(one))
     carried = jax.tree.leaves((many.state, many.hparams, many.members.params))
     assert {x.sharding.spec[0] for x in carried} == {"population"}
-    # How many stay is a multiple of the devices along that axis.
+    # Where fewer stay than the axis has devices, some of those dropped stay in the program.
     fewer = members(mesh, halve_every=4)
     going = np.isfinite(fewer.history["value"]).sum(axis=1)[::4].tolist()
-    assert going == [max(n, sizes[0]) for n in (8, 4, 2, 1)]
+    assert going == [8, 4, 2, 1]
     for i in np.flatnonzero(fewer.members.attempted == 16):
         assert_same(fewer.member(i), one.member(i))
     for i, steps in enumerate(fewer.members.attempted):
@@ -467,6 +479,20 @@ def test_on_a_mesh(sizes):
     assert fewer.best.member == np.argmin(fewer.members.value)
     gathered = jax.tree.leaves((fewer.state, fewer.hparams, fewer.members.params))
     assert {x.sharding.spec[0] for x in gathered} == {"population"}
+
+
+def test_members_on_explicit_axes():
+    mesh = jax.make_mesh((2, 2), ("population", "data"), axis_types=(AxisType.Explicit,) * 2)
+    start = np.zeros((4, 4)), {"l2": np.linspace(0.2, 3.0, 4)}
+    x = np.linspace(1.0, 3.0, 4)
+
+    def run_on(mesh):
+        population = bilevel.population(4)
+        return run(SMALL, *start, x, x - 1, METHOD, population=population, mesh=mesh, steps=3)
+
+    got, expected = run_on(mesh).member(1), run_on(None).member(1)
+    assert_same(got, expected)
+    assert got.params.sharding.mesh == mesh
 
 
 # --- What a person sees -----------------------------------------------------------------------------------
