@@ -22,7 +22,7 @@ NAMES = (
     "population",
 )
 # Minutes each; run by name only.
-LONG = ("default_method", "kills")
+LONG = ("default_method", "kills", "certificates")
 
 
 def main(argv: list[str]) -> int:

@@ -5,6 +5,7 @@ from bilevel.check import HypergradientCheck, check_hypergradient
 from bilevel.checkpoint import checkpoints
 from bilevel.constraints import box, fixed, integer, interval, positive, real, simplex
 from bilevel.data import episodes, minibatches, stacked, with_rng
+from bilevel.estimated_smoothness import estimate_smoothness
 from bilevel.estimators.forward import forward
 from bilevel.estimators.implicit import implicit
 from bilevel.estimators.unrolled import one_step, unrolled
@@ -12,15 +13,19 @@ from bilevel.hypergradient import hypergradient
 from bilevel.inner_loops.accelerated import accelerated
 from bilevel.inner_loops.epoch_sgd import epoch_sgd
 from bilevel.inner_loops.lbfgs import lbfgs
+from bilevel.inner_loops.memberwise import memberwise
 from bilevel.inner_loops.newton import newton
 from bilevel.inner_loops.newton_cg import newton_cg
 from bilevel.inner_loops.optax_loop import optax_loop
 from bilevel.inner_loops.picard import picard
 from bilevel.inner_solvers import tuned
+from bilevel.known_smoothness import logistic_smoothness, ridge_smoothness
 from bilevel.lift import lift
 from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd
 from bilevel.memory import Memory, memory
 from bilevel.methods.alternating import alternating
+from bilevel.methods.hoag import hoag
+from bilevel.methods.isgd import isgd
 from bilevel.methods.maid import maid
 from bilevel.optimize import optimize
 from bilevel.parallel import pmean
@@ -71,17 +76,22 @@ __all__ = [
     "dense",
     "episodes",
     "epoch_sgd",
+    "estimate_smoothness",
     "fixed",
     "forward",
     "gmres",
+    "hoag",
     "hypergradient",
     "implicit",
     "integer",
     "interval",
+    "isgd",
     "lbfgs",
     "lift",
     "load",
+    "logistic_smoothness",
     "maid",
+    "memberwise",
     "memory",
     "minibatches",
     "neumann",
@@ -96,6 +106,7 @@ __all__ = [
     "population",
     "positive",
     "real",
+    "ridge_smoothness",
     "sgd",
     "simplex",
     "stacked",

@@ -71,8 +71,15 @@ def constants(smoothness: Smoothness, hparams, dtype) -> Constants:
     return Constants(**known, valid=valid)
 
 
-def error_kind(hparams) -> str:
-    """What the bound is: it is certified where the norm of J is exact."""
+def gap(known: Constants, b_norm, eps):
+    """Eq. (2), from the norm of the outer gradient and the distance to the inner solution."""
+    return b_norm * eps + 0.5 * known.outer * eps**2
+
+
+def error_kind(smoothness: Smoothness, hparams) -> str:
+    """What the bound is: it is certified where the constants are known and the norm of J is exact."""
+    if smoothness.estimated:
+        return ESTIMATED
     size = sum(leaf.size for leaf in jax.tree.leaves(hparams))
     return CERTIFIED if size <= EXACT_HPARAMS else ESTIMATED
 
@@ -101,12 +108,11 @@ def certify(smoothness: Smoothness, inner: Callable, params, hparams, b, residua
         + known.cross * b_norm / mu
     )
     omega = first_order * eps + j_norm / mu * residual + known.cross * known.outer / mu * eps**2
-    gap = b_norm * eps + 0.5 * known.outer * eps**2
 
     def judged(bound):
         return jnp.where(known.valid & ~jnp.isnan(bound), bound, jnp.inf)
 
-    return Certificate(judged(omega), judged(gap), judged(eps), 1, products)
+    return Certificate(judged(omega), judged(gap(known, b_norm, eps)), judged(eps), 1, products)
 
 
 def _operator_norm(push: Callable, hparams) -> tuple[jax.Array, int]:

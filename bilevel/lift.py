@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ class _Each:
 
     def __call__(self, params, hparams, *rest):
         if rest:
-            rest = _own_keys(rest[0], _same_members(params, rest[0])), *rest[1:]
+            rest = member_batches(params, rest[0]), *rest[1:]
         return jax.vmap(lambda p, *r: self.fn(p, hparams, *r))(params, *rest)
 
 
@@ -49,22 +50,40 @@ class _EachStart:
         return jax.vmap(self.start, in_axes=(None, 0, 0))(hparams, _own_keys(batch, members), keys)
 
 
-def _members(tree) -> int:
-    """Length of the leading axis, of the first leaf that has one."""
-    return next(x.shape[0] for x in jax.tree.leaves(tree) if x.ndim)
+def member(problem: Problem) -> Problem:
+    """The problem of one member of a lifted one."""
+    inner: Any = problem.inner
+    outer: Any = problem.outer
+    start: Any = problem.start
+    if isinstance(inner, Composite):
+        parts: Any = inner.predict, inner.loss, inner.penalty
+        inner = Composite(*(part and part.fn for part in parts))
+    else:
+        inner = inner.fn
+    return dataclasses.replace(problem, inner=inner, outer=outer.fn, start=start and start.start)
 
 
-def _same_members(params, batch) -> int:
+def member_batches(params, batch):
+    """The batch with a leading axis of members on every leaf."""
+    return _own_keys(batch, members(params, batch))
+
+
+def members(params, batch=()) -> int:
     """How many members params have; ValueError where the batch has others."""
-    members = _members(params)
-    others = {x.shape[0] for x in jax.tree.leaves(batch) if x.ndim} - {members}
+    count = _members(params)
+    others = {x.shape[0] for x in jax.tree.leaves(batch) if x.ndim} - {count}
     if others:
         raise ValueError(
-            f"bilevel.lift: params have {members} members along their leading axis, a batch has "
+            f"bilevel.lift: params have {count} members along their leading axis, a batch has "
             f"{', '.join(map(str, sorted(others)))}. Each member has its own entry in every array of train "
             "and valid; minibatches would draw members instead of examples"
         )
-    return members
+    return count
+
+
+def _members(tree) -> int:
+    """Length of the leading axis, of the first leaf that has one."""
+    return next(x.shape[0] for x in jax.tree.leaves(tree) if x.ndim)
 
 
 def _own_keys(batch, members: int):

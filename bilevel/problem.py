@@ -93,6 +93,8 @@ class Smoothness:
       inverse_hessian: L with ``|H(w)^-1 - H(w')^-1| <= L |w - w'|`` for ``H = d^2_params inner``.
       direct: L with ``|d_hparams outer(w) - d_hparams outer(w')| <= L |w - w'|``; None only where
         outer structurally ignores hparams.
+      estimated: the constants are not known to hold, as those of `bilevel.estimate_smoothness`: bounds made
+        of them are "estimated", never "certified".
 
     Raises:
       TypeError, ValueError: a constant that is neither a number nor a function, or out of range.
@@ -118,11 +120,14 @@ class Smoothness:
     cross: float | Callable = 0.0
     inverse_hessian: float | Callable = 0.0
     direct: float | Callable | None = None
+    estimated: bool = False
 
     def __post_init__(self):
+        if not isinstance(self.estimated, bool):
+            raise TypeError(f"estimated must be True or False, got {self.estimated!r}.")
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if callable(value) or (name == "direct" and value is None):
+            if name == "estimated" or callable(value) or (name == "direct" and value is None):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number or a function of hparams, got {value!r}.")

@@ -313,7 +313,7 @@ LATER = {"integer"}
 # in `tests/test_inner_loops.py`.
 OTHER = {
     "STOP",
-    *("accelerated", "epoch_sgd", "lbfgs", "newton", "newton_cg", "optax_loop", "picard"),
+    *("accelerated", "epoch_sgd", "lbfgs", "newton", "memberwise", "newton_cg", "optax_loop", "picard"),
     *(
         "Problem",
         "FixedPoint",
@@ -327,7 +327,9 @@ OTHER = {
     ),
     "check_hypergradient",
     *("pmean", "population", "checkpoints", "memory"),
-    "maid",  # in `tests/test_maid.py`: it takes whole arrays and a problem with constants
+    *("estimate_smoothness", "logistic_smoothness", "ridge_smoothness"),
+    # In files of their own: they take whole arrays, lifted problems, or problems with constants.
+    *("maid", "hoag", "isgd"),
     *(
         "Best",
         "Members",

@@ -108,7 +108,7 @@ class Implicit:
             metrics=metrics,
             error_kind=RESIDUAL,
         )
-        return _certified(estimate, certificate, hparams, train_rows), state
+        return _certified(estimate, certificate, problem, hparams, train_rows), state
 
     def _certificate(self, problem, point, hparams, draw, b, left) -> certificates.Certificate | None:
         """Bounds of the errors, where the problem has constants and the system is that of all its data."""
@@ -158,7 +158,7 @@ class Implicit:
         return matvec, lambda v: jax.grad(slope, argnums=(0, 1))(point.params, hparams, v)
 
 
-def _certified(estimate: Estimate, certificate, hparams, rows: int) -> Estimate:
+def _certified(estimate: Estimate, certificate, problem, hparams, rows: int) -> Estimate:
     """The estimate with bounds in place of the relative residual."""
     if certificate is None:
         return estimate
@@ -171,7 +171,7 @@ def _certified(estimate: Estimate, certificate, hparams, rows: int) -> Estimate:
             inner_grad=counts.inner_grad + certificate.gradients * rows,
             cross=counts.cross + certificate.products * rows,
         ),
-        error_kind=certificates.error_kind(hparams),
+        error_kind=certificates.error_kind(problem.smoothness, hparams),
     )
 
 
@@ -216,8 +216,9 @@ def implicit(solver: LinearSolver | None = None, curvature: str = "hessian", bat
 
     Where the problem has a `bilevel.Smoothness`, the error is a bound on ``|grad - dF/dhparams|`` instead,
     from the inner gradient and the residual measured: "certified" for up to 32 hyperparameters, with more
-    "estimated", because the norm of the cross derivative is (30 power iterations, times 1.1). It has the
-    constants' say that they hold; data that are sampled, and Gauss-Newton curvature, keep the residual.
+    "estimated", because the norm of the cross derivative is (30 power iterations, times 1.1), as with
+    constants that are estimates themselves. It has the constants' say that they hold; data that are sampled,
+    and Gauss-Newton curvature, keep the residual.
 
     Args:
       solver: of ``H v = d_params outer``; default `bilevel.cg`.
