@@ -33,11 +33,11 @@ def why_ended(status: Status, history, method) -> str:
     return f"Outer step {step}: {what}; {fix}. The last good state is kept."
 
 
-def final(status: Status, history, may_rest: bool) -> tuple[Status, list[str], list[str]]:
+def final(status: Status, history, may_rest: bool, bounded: bool) -> tuple[Status, list[str], list[str]]:
     """The status a run ends with, sentences of advice, and those of them that deserve a warning.
 
     ``may_rest``: a gradient norm of zero is nothing to worry about, because hyperparameters may rest on the
-    end of a box, or all are fixed.
+    end of a box, or all are fixed. ``bounded``: errors are bounds, not relative residuals.
     """
     accepted = history["accepted"]
     still = not may_rest and accepted.any() and np.all(history["grad_norm"][accepted] == 0)
@@ -49,7 +49,7 @@ def final(status: Status, history, may_rest: bool) -> tuple[Status, list[str], l
         )
     if still and status == Status.BUDGET:
         status = Status.STALLED
-    noted = [sentence for sentence in (_residual(history), _overfitting(history)) if sentence]
+    noted = [sentence for sentence in (_residual(history, bounded), _overfitting(history)) if sentence]
     return status, warned + noted, warned
 
 
@@ -64,7 +64,9 @@ def _indefinite(history) -> str:
     )
 
 
-def _residual(history) -> str:
+def _residual(history, bounded: bool) -> str:
+    if bounded:
+        return ""
     error = history["error"]
     solved = np.isfinite(error) & (history["solver_steps"] > 0) & history["accepted"]
     if not solved.any() or history["negative_curvature"].any() or np.median(error[solved]) <= 0.3:

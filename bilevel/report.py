@@ -62,7 +62,7 @@ def result(
     )
     if plan.population:
         return _of_population(plan, whole, pair, np.asarray(member.status), np.asarray(member.attempted))
-    status, advice, warned = diagnosis.final(status, history, _may_rest(plan, hparams))
+    status, advice, warned = diagnosis.final(status, history, _may_rest(plan, hparams), _bounded(plan))
     single = dataclasses.replace(
         whole,
         best=dataclasses.replace(whole.best, value=float(pair.value), step=int(pair.step)),
@@ -71,6 +71,11 @@ def result(
         message=" ".join([message, *advice]),
     )
     return single, " ".join(warned)
+
+
+def _bounded(plan: loop.Plan) -> bool:
+    """Whether the errors in the history are bounds."""
+    return getattr(plan.problem, "smoothness", None) is not None
 
 
 def _may_rest(plan: loop.Plan, hparams) -> bool:
@@ -88,7 +93,7 @@ def _of_population(
         own = {name: column[: attempted[i]] for name, column in whole.history.items()}
         own = {name: column[:, i] if column.ndim > 1 else column for name, column in own.items()}
         status, why = _own_end(plan, code, whole, own)
-        status, advice, bad = diagnosis.final(status, own, may_rest)
+        status, advice, bad = diagnosis.final(status, own, may_rest, _bounded(plan))
         statuses.append(status)
         messages.append(" ".join([why, *advice]))
         warned.extend(bad)

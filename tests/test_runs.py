@@ -189,7 +189,7 @@ def test_overfitting_is_named_where_outer_falls_and_test_rises(outer, test, name
         "solver_steps": np.ones(50),
         "negative_curvature": np.zeros(50, bool),
     }
-    status, advice, warned = diagnosis.final(Status.BUDGET, history, may_rest=False)
+    status, advice, warned = diagnosis.final(Status.BUDGET, history, may_rest=False, bounded=False)
     assert (status, warned) == (Status.BUDGET, [])
     assert any("overfit the validation data" in sentence for sentence in advice) == named
 

@@ -117,7 +117,7 @@ class Isgd:
         placed = jax.tree.map(lambda old, new: old.at[batch].set(new), state.params, point.params)
         new = dataclasses.replace(
             state,
-            point=Point(placed),
+            point=dataclasses.replace(state.point, params=placed),
             free=constraints.project(optax.apply_updates(state.free, updates), state.free),
             progress=outer,
         )
