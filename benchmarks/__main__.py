@@ -22,7 +22,10 @@ NAMES = (
     "population",
 )
 # Minutes each; run by name only.
-LONG = ("default_method", "kills", "certificates")
+LONG = (
+    "default_method", "kills", "certificates", "robustness", "accuracies", "denoising", "multinomial",
+    "experts_cost",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

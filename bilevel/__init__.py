@@ -1,5 +1,6 @@
 """Tune hyperparameters by gradient: bilevel optimisation for JAX, optax and flax."""
 
+from bilevel import imaging
 from bilevel.argmin import argmin
 from bilevel.check import HypergradientCheck, check_hypergradient
 from bilevel.checkpoint import checkpoints
@@ -82,6 +83,7 @@ __all__ = [
     "gmres",
     "hoag",
     "hypergradient",
+    "imaging",
     "implicit",
     "integer",
     "interval",

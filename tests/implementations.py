@@ -330,6 +330,7 @@ OTHER = {
     *("estimate_smoothness", "logistic_smoothness", "ridge_smoothness"),
     # In files of their own: they take whole arrays, lifted problems, or problems with constants.
     *("maid", "hoag", "isgd"),
+    "imaging",
     *(
         "Best",
         "Members",

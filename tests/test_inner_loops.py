@@ -554,3 +554,24 @@ def test_newton_leaves_the_flat_side_of_logistic_regression():
     problem = bilevel.Problem(loss, lambda w, h, batch: h)
     _, info = solve(newton(), problem, jnp.full(2, -2000.0), jnp.float64(1e-14), (x, y))
     assert float(info.residual) <= 1e-7
+
+
+def test_a_tolerance_below_rounding_costs_few_steps():
+    """The gradient stops to fall at about 1e-13; 100,000 steps more would change nothing."""
+    rng = np.random.default_rng(0)
+    a = np.linalg.qr(rng.standard_normal((30, 30)))[0] * np.geomspace(1, 30, 30)
+    b = 100 * rng.standard_normal(30)
+    problem = bilevel.Problem(lambda w, h, x: 0.5 * jnp.sum((a @ w - b) ** 2), lambda w, h, x: jnp.sum(w * h))
+    eigenvalues = np.linalg.eigvalsh(a.T @ a)
+    solver = bilevel.accelerated(
+        100_000, strong_convexity=float(eigenvalues[0]), smoothness=float(eigenvalues[-1])
+    )
+    draw = Draw(lambda j: np.zeros(1), 1, False)
+    point, _, info = jax.jit(
+        lambda atol: solver.solve(
+            problem, (), Point(jnp.zeros(30)), jnp.array(1.0), draw, jax.random.key(0), atol=atol
+        )
+    )(1e-30)
+    assert 1e-30 < info.residual < 1e-9
+    assert info.steps < 5000
+    np.testing.assert_allclose(point.params, np.linalg.solve(a, b), rtol=1e-9, atol=1e-9)

@@ -14,16 +14,23 @@ from bilevel.vectors import norm, where
 
 
 class Loop(NamedTuple):
-    """``size`` is the norm measured at ``params``; ``memory`` is what the solver needs for the next move."""
+    """``size`` is the norm measured at ``params``; ``memory`` is what the solver needs for the next move.
+
+    ``level`` is the size when it was last halved, ``since`` the moves made since then.
+    """
 
     params: PyTree
     memory: Any
     size: jax.Array
     steps: jax.Array
     done: jax.Array
+    level: jax.Array
+    since: jax.Array
 
 
-def measured_moves(gradient, move, params, memory, max_steps: int, atol, retries: bool = False) -> Loop:
+def measured_moves(
+    gradient, move, params, memory, max_steps: int, atol, retries: bool = False, patience: Any = jnp.inf
+) -> Loop:
     """Moves until the gradient is small: one gradient a pass, which is measured first and then moved by.
 
     Args:
@@ -34,18 +41,22 @@ def measured_moves(gradient, move, params, memory, max_steps: int, atol, retries
       max_steps: moves at most.
       atol: norm of the gradient at which it ends.
       retries: whether ``move`` knows a way back from a gradient that is not finite.
+      patience: it also ends where so many moves have not halved the norm: rounding is all that is left.
     """
 
     def body(loop):
         grad = gradient(loop.params)
         size = size_of_gradient(grad)
         lost = ~jnp.isfinite(size) & ((loop.steps == 0) if retries else True)
-        done = (size <= atol) | lost | (loop.steps >= max_steps)
+        halved = size <= 0.5 * loop.level
+        level, since = jnp.where(halved, size, loop.level), jnp.where(halved, 0, loop.since + 1)
+        done = (size <= atol) | lost | (loop.steps >= max_steps) | (since > patience)
         params, memory = move(loop.params, grad, size, loop.memory)
         params, memory = where(done, (loop.params, loop.memory), (params, memory))
-        return Loop(params, memory, size, jnp.where(done, loop.steps, loop.steps + 1), done)
+        return Loop(params, memory, size, jnp.where(done, loop.steps, loop.steps + 1), done, level, since)
 
-    start = Loop(params, memory, jnp.full_like(norm(params), jnp.inf), jnp.int32(0), jnp.bool_(False))
+    infinite = jnp.full_like(norm(params), jnp.inf)
+    start = Loop(params, memory, infinite, jnp.int32(0), jnp.bool_(False), infinite, jnp.int32(0))
     return jax.lax.while_loop(lambda loop: ~loop.done, body, start)
 
 
