@@ -20,6 +20,7 @@ NAMES = (
     "memory_predicted",
     "communication",
     "population",
+    "checkpoint_cost",
 )
 # Minutes each; run by name only.
 LONG = (
