@@ -19,6 +19,7 @@ import numpy as np
 from bilevel.feed import Fed
 from bilevel.problem import (
     CERTIFIED,
+    ESTIMATED,
     FixedPoint,
     Method,
     Problem,
@@ -296,7 +297,7 @@ def _advance(plan: Plan, t, tol, sources, valid, test, member: Member):
         better = info.accepted & (value < best.value)
         new = Pair(info.params, info.hparams, info.model_state, value, t)
         best = jax.lax.cond(better, lambda: new, lambda: best)
-    gap = info.grad_norm + (info.error if info.error_kind == CERTIFIED else 0)
+    gap = info.grad_norm + (info.error if info.error_kind in (CERTIFIED, ESTIMATED) else 0)
     # A method that can go no further has converged where it is close enough.
     ends = due & (info.status == Status.RUNNING) | (info.status == Status.STALLED)
     done = info.accepted & (gap <= tol) & ends

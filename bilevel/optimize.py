@@ -67,7 +67,8 @@ def optimize(
       checkpoint: a folder to write checkpoints to, and to go on from where it holds one of the same run; or
         `checkpoints`.
       progress: show a live progress bar.
-      tol: stop when ``grad_norm`` (free units; plus the method's certified error) is at most this.
+      tol: stop when ``grad_norm`` (free units; plus the bound on its error, where there is one) is at most
+        this.
       test: a third split; outer is reported on it, never optimised.
       constraints: replaces the problem's.
       model_state: mutable model state, for problems with ``has_state``; each member begins with it.

@@ -4,6 +4,7 @@ Settings are JSON: ``jobs`` (functions below), ``devices`` (of this process), ``
 ``port``, ``out`` (file of the results, written by the first process), and what the jobs take.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -105,19 +106,24 @@ def table():
         fn = jax.jit(bilevel.hypergradient(row.problem, row.make()))
         estimate = fn(params, hparams, spread(train), spread(valid))
         found[f"estimator {row}"] = np.concatenate([np.ravel(estimate.grad), np.ravel(estimate.value)])
-    for row in METHODS:
+    smooth = dataclasses.replace(
+        RIDGE, smoothness=bilevel.ridge_smoothness(train[0], valid[0], strength=jnp.exp)
+    )
+    rows = [(f"method {row}", RIDGE, row.method) for row in METHODS]
+    rows += [("maid", smooth, bilevel.maid()), ("hoag", smooth, bilevel.hoag())]
+    for name, problem, method in rows:
         result = bilevel.optimize(
-            RIDGE,
+            problem,
             np.full(20, 0.1),
             np.asarray(-1.0),
             train,
             valid,
-            row.method,
+            method,
             6,
             mesh=mesh(),
             progress=False,
         )
-        found[f"method {row}"] = np.concatenate([result.history["value"], np.ravel(result.hparams)])
+        found[name] = np.concatenate([result.history["value"], np.ravel(result.hparams)])
     return found
 
 

@@ -268,3 +268,12 @@ BAD = {
 def test_mistakes_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_tolerance_counts_estimated_bounds_in():
+    estimated = dataclasses.replace(SMOOTH, estimated=True)
+    result = run(problem=dataclasses.replace(RIDGE, smoothness=estimated))
+    assert result.status == Status.CONVERGED
+    sums = result.history["grad_norm"] + result.history["error"]
+    assert sums[-1] <= 1e-6
+    assert np.all(sums[:-1] > 1e-6)
