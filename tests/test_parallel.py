@@ -154,7 +154,7 @@ def test_argmin_and_its_second_derivatives(run, mode):
 
         return found
 
-    expected = curvature(PROBLEM)(jnp.asarray(HPARAMS), TRAIN, VALID)
+    expected = jax.jit(curvature(PROBLEM))(jnp.asarray(HPARAMS), TRAIN, VALID)
     got = run(curvature(AVERAGED), jnp.asarray(HPARAMS))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
 

@@ -518,13 +518,15 @@ def test_numbers_that_live_in_the_first_state_alone(tmp_path):
         run(injected(0.03), tmp_path)
 
 
-@pytest.mark.parametrize("cut", [6, 7, 12])
+@pytest.mark.parametrize("cut", [6, 12])
 def test_a_halving_that_was_due_where_the_run_ended(tmp_path, cut):
     options = CASES["halving"]
     expected = run(options)
     assert sorted(expected.members.attempted.tolist()) == [6, 6, 12, STEPS]
-    run(options, tmp_path / "a", cut)
-    same(run(options, tmp_path / "a"), expected)
+    if cut == 12:
+        run(options, tmp_path, cut)
+        same(run(options, tmp_path), expected)
+        return
     expected = run(options, judge_every=cut)
     stopped = run(options, tmp_path / "b", judge_every=cut, callbacks=lambda step, rows: bilevel.STOP)
     assert len(stopped.history["value"]) == cut
@@ -712,19 +714,15 @@ def test_a_damaged_file_costs_some_steps(tmp_path):
 
 # --- Killed processes ------------------------------------------------------------------------------------
 
+# A few of what `python -m benchmarks kills` does a hundred times.
 KILLED = (
     ("float64", "whole", "single"),
-    ("float32", "whole", "single"),
     ("float64", "minibatches", "single"),
-    ("float32", "minibatches", "single"),
-    ("float64", "minibatches", "population"),
     ("float32", "whole", "population"),
 )
 
 
-@pytest.mark.parametrize(
-    ("kind", "delay"), list(zip(KILLED, (0, 3, 7, 12, 18, 25), strict=True)), ids=lambda x: str(x)
-)
+@pytest.mark.parametrize(("kind", "delay"), list(zip(KILLED, (0, 7, 12), strict=True)), ids=lambda x: str(x))
 def test_killed_processes(tmp_path, kind, delay):
     """SIGKILL some milliseconds after the first checkpoint is there."""
     path, steps = tmp_path / "run", 60

@@ -195,11 +195,11 @@ def test_each_member_of_a_lifted_problem_has_a_key_of_its_own():
 @pytest.mark.parametrize("estimator", [bilevel.implicit(), bilevel.unrolled(optax.sgd(0.1), 5)])
 def test_examples_are_counted_over_all_members(estimator):
     (a, b), (v, c) = folds()
-    fn = bilevel.hypergradient(bilevel.lift(RIDGE), estimator)
+    fn = jax.jit(bilevel.hypergradient(bilevel.lift(RIDGE), estimator))
     counts = fn(np.zeros((4, 20)), np.float64(-3.0), (a, b), (v, c)).counts
     assert counts.outer_grad == 40
     assert counts.cross == 120 * (5 if estimator.trajectory else 1)
-    nested = bilevel.hypergradient(bilevel.lift(bilevel.lift(RIDGE)), estimator)
+    nested = jax.jit(bilevel.hypergradient(bilevel.lift(bilevel.lift(RIDGE)), estimator))
     more = jax.tree.map(lambda x: np.stack([x, x]), ((a, b), (v, c)))
     doubled = nested(np.zeros((2, 4, 20)), np.float64(-3.0), *more).counts
     assert (doubled.outer_grad, doubled.cross) == (2 * counts.outer_grad, 2 * counts.cross)
