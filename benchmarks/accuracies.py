@@ -42,7 +42,7 @@ def arms() -> dict:
         "MAID": bilevel.maid(accuracy=0.1, **maid),
         "MAID, non-monotone": bilevel.maid(accuracy=0.1, non_monotone=0.85, barzilai_borwein=True, **maid),
         **{f"HOAG, {name}": bilevel.hoag(name) for name in ("geometric", "quadratic", "cubic")},
-        **{f"fixed, {eps:g}": bilevel.maid(accuracy=eps, **fixed) for eps in (0.1, 1e-2, 1e-3)},
+        **{f"fixed, {eps:g}": bilevel.maid(accuracy=eps, **fixed) for eps in (1e-3, 1e-4, 1e-5)},
     }
 
 
