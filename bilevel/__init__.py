@@ -9,6 +9,7 @@ from bilevel.data import episodes, minibatches, stacked, with_rng
 from bilevel.estimated_smoothness import estimate_smoothness
 from bilevel.estimators.forward import forward
 from bilevel.estimators.implicit import implicit
+from bilevel.estimators.look_back import look_back
 from bilevel.estimators.unrolled import one_step, unrolled
 from bilevel.hypergradient import hypergradient
 from bilevel.inner_loops.accelerated import accelerated
@@ -25,11 +26,14 @@ from bilevel.lift import lift
 from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd
 from bilevel.memory import Memory, memory
 from bilevel.methods.alternating import alternating
+from bilevel.methods.bo_rep import bo_rep
 from bilevel.methods.hoag import hoag
 from bilevel.methods.isgd import isgd
 from bilevel.methods.maid import maid
+from bilevel.online import get_hparams, online, tune
 from bilevel.optimize import optimize
 from bilevel.parallel import pmean
+from bilevel.path_smoothness import PathSmoothness, path_smoothness
 from bilevel.populations import population
 from bilevel.problem import (
     Counts,
@@ -46,6 +50,7 @@ from bilevel.problem import (
 from bilevel.result import Best, Members, Result, Trajectory
 from bilevel.result_file import load
 from bilevel.run import STOP
+from bilevel.transforms import normalized_momentum
 
 __version__ = "0.1.0"
 
@@ -59,6 +64,7 @@ __all__ = [
     "Info",
     "Members",
     "Memory",
+    "PathSmoothness",
     "Point",
     "Problem",
     "Result",
@@ -69,6 +75,7 @@ __all__ = [
     "accelerated",
     "alternating",
     "argmin",
+    "bo_rep",
     "box",
     "cg",
     "check_hypergradient",
@@ -80,6 +87,7 @@ __all__ = [
     "estimate_smoothness",
     "fixed",
     "forward",
+    "get_hparams",
     "gmres",
     "hoag",
     "hypergradient",
@@ -91,6 +99,7 @@ __all__ = [
     "lbfgs",
     "lift",
     "load",
+    "look_back",
     "logistic_smoothness",
     "maid",
     "memberwise",
@@ -99,10 +108,13 @@ __all__ = [
     "neumann",
     "newton",
     "newton_cg",
+    "normalized_momentum",
     "nystrom",
     "one_step",
+    "online",
     "optax_loop",
     "optimize",
+    "path_smoothness",
     "picard",
     "pmean",
     "population",
@@ -112,6 +124,7 @@ __all__ = [
     "sgd",
     "simplex",
     "stacked",
+    "tune",
     "tuned",
     "unrolled",
     "with_rng",

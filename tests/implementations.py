@@ -155,6 +155,17 @@ ESTIMATORS = (
         kept=1,
         passes=1,
     ),
+    EstimatorRow(
+        "look_back",
+        "look_back",
+        lambda: bilevel.look_back(5, SGD),
+        rtol=1e-9,
+        terms=5,
+        trajectory=True,
+        steps=1,
+        kept=1,
+        passes=5,
+    ),
     _solving(
         "implicit(dense), fixed point",
         lambda: bilevel.implicit(bilevel.dense()),
@@ -300,6 +311,7 @@ METHODS = (
     MethodRow("alternating", "unrolled", _alternating(bilevel.unrolled(), inner_steps=50), terms=50),
     MethodRow("alternating", "forward", _alternating(bilevel.forward(), inner_steps=50), terms=50),
     MethodRow("alternating", "one_step", _alternating(bilevel.one_step()), terms=1, steps=1200),
+    MethodRow("alternating", "look_back", _alternating(bilevel.look_back(5)), terms=5, steps=1200),
     MethodRow("alternating", "period", _alternating(_COLD, outer=SLOW_OUTER, period=3), period=3, steps=400),
     MethodRow("alternating", "warmup", _alternating(_COLD, warmup=5), frozen=5),
     MethodRow("alternating", "restart", _alternating(_COLD, inner_steps=400, restart=True)),
@@ -331,6 +343,9 @@ OTHER = {
     # In files of their own: they take whole arrays, lifted problems, or problems with constants.
     *("maid", "hoag", "isgd"),
     "imaging",
+    *("online", "tune", "get_hparams"),
+    # A fixed step ends in a cycle; in a file of its own, with its transformation and its diagnosis.
+    *("bo_rep", "normalized_momentum", "path_smoothness", "PathSmoothness"),
     *(
         "Best",
         "Members",

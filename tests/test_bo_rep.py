@@ -474,17 +474,20 @@ def test_it_is_drawn():
 LOGISTIC = bilevel.Problem(logistic_train, logistic_valid)
 
 
-def stochastic(**options):
+STOCHASTIC = bo_rep(
+    optax.adam(0.1), 0.2, 0.8, 2, 3,
+    estimator=bilevel.implicit(bilevel.neumann(5, 0.5), batches=1),
+    refinement=bilevel.epoch_sgd(0.5, 2.0, 4, 3),
+    radius=0.5,
+)  # fmt: skip
+
+
+def stochastic(steps=8, **options):
     """With batches at both levels, of a logistic regression with one penalty per feature."""
     train, valid = (bilevel.minibatches(half, 20) for half in logistic_data())
-    method = bo_rep(
-        optax.adam(0.1), 0.2, 0.8, 2, 3,
-        estimator=bilevel.implicit(bilevel.neumann(5, 0.5), batches=1),
-        refinement=bilevel.epoch_sgd(0.5, 2.0, 4, 3),
-        radius=0.5,
-    )  # fmt: skip
-    settings = {"steps": 8, "progress": False, "key": KEY, **options}
-    return bilevel.optimize(LOGISTIC, np.zeros(5), np.full(5, -2.0), train, valid, method, **settings)
+    return bilevel.optimize(
+        LOGISTIC, np.zeros(5), np.full(5, -2.0), train, valid, STOCHASTIC, steps, progress=False, **options
+    )
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path):

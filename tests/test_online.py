@@ -161,8 +161,8 @@ def test_a_step_of_look_ahead_is_one_step():
             TUNING, jnp.zeros(20), 5,
         )
         for estimator in (
-            bilevel.one_step(), bilevel.unrolled(steps=1), bilevel.forward(steps=1), bilevel.unrolled(truncate=1),
-            bilevel.look_back(1),
+            bilevel.one_step(), bilevel.unrolled(steps=1), bilevel.unrolled(truncate=1),
+            bilevel.forward(steps=1), bilevel.look_back(1),
         )
     ]  # fmt: skip
     for params, state in ends[1:]:
@@ -283,7 +283,7 @@ def test_a_learning_rate_that_is_far_too_small_is_raised(estimator):
     assert DATA.value_at(np.asarray(params)) < 1.1 * RIDGE_VALUE < 0.2 * DATA.value_at(plain)
 
 
-# --- The schedule, and what it is without ------------------------------------------------------------------
+# --- The schedule, and what it is without -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("every", "warmup"), [(1, 0), (3, 0), (1, 4), (3, 2)])
@@ -341,7 +341,7 @@ def test_what_is_not_for_the_tuner_is_for_the_inner_optimiser():
     assert abs(float(updates[0])) < 0.09  # it has seen the values rise
 
 
-# --- A bad hypergradient ------------------------------------------------------------------------------------
+# --- A bad hypergradient ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", [EXACT, bilevel.implicit(bilevel.cg(3)), bilevel.one_step()])
@@ -362,7 +362,7 @@ def test_a_hypergradient_that_is_not_finite_is_rejected_and_counted(estimator):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after._replace(info=()), info)))
 
 
-# --- Kinds of loops -------------------------------------------------------------------------------------------
+# --- Kinds of loops ---------------------------------------------------------------------------------------
 
 
 def make(**settings):
@@ -419,25 +419,23 @@ def split(batch):
 
 def mapped_loop(tuner, problem):
     def loop(params, train, valid):
-        state = tuner.init(params)
-        for _ in range(6):
-            grads = jax.grad(problem.inner)(params, state.hparams, train)
-            updates, state = tuner.update(grads, state, params, train=train, valid=valid)
-            params = optax.apply_updates(params, updates)
+        def step(carry, _):
+            return one_call(tuner, problem, *carry, train, valid), None
+
+        params, state = jax.lax.scan(step, (params, tuner.init(params)), length=6)[0]
         return params, state.hparams
 
     return loop
 
 
 @pytest.mark.parametrize(
-    ("estimator", "settings"),
-    [(EXACT, {}), (bilevel.implicit(bilevel.cg(30, tol=1e-13)), {}), (bilevel.one_step(), {}),
-     (bilevel.look_back(3), {})],
-    ids=["dense", "cg", "one_step", "look_back"],
-)  # fmt: skip
+    "estimator",
+    [bilevel.implicit(bilevel.cg(30, tol=1e-13)), bilevel.one_step(), bilevel.look_back(3)],
+    ids=["cg", "one_step", "look_back"],
+)
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "shard_map, unchecked", "sharded arrays"])
-def test_devices_agree_with_one(how, estimator, settings):
-    tuner = make(estimator=estimator, **settings)
+def test_devices_agree_with_one(how, estimator):
+    tuner = make(estimator=estimator)
     expected = jax.jit(mapped_loop(tuner, POSITIVE))(jnp.zeros(20), TRAIN, VALID)
     averaged = bilevel.pmean(POSITIVE, "data")
     tuner = bilevel.online(averaged, {"l2": 0.3}, inner=SGD, outer=ADAM, estimator=estimator, every=2)
@@ -458,7 +456,7 @@ def test_devices_agree_with_one(how, estimator, settings):
     close(got, expected, rtol=1e-9)
 
 
-# --- Wherever its state sits ---------------------------------------------------------------------------------
+# --- Wherever its state sits ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -466,12 +464,11 @@ def test_devices_agree_with_one(how, estimator, settings):
     [
         lambda tuner: tuner,
         lambda tuner: optax.chain(optax.clip_by_global_norm(1e9), tuner),
-        lambda tuner: optax.named_chain(("clip", optax.clip(1e9)), ("tuner", tuner)),
         lambda tuner: optax.chain(optax.identity(), optax.chain(optax.identity(), tuner)),
         lambda tuner: optax.apply_if_finite(tuner, 3),
         lambda tuner: optax.MultiSteps(tuner, 1, accumulator_dtype=jnp.float64).gradient_transformation(),
     ],
-    ids=["bare", "chain", "named_chain", "nested", "apply_if_finite", "MultiSteps"],
+    ids=["bare", "chain", "nested", "apply_if_finite", "MultiSteps"],
 )
 def test_wrapped(wrap):
     tuner = make()
@@ -584,7 +581,7 @@ def test_nnx_optimizer(calls, compile):
     close((model.w[...], bilevel.get_hparams(optimizer)), reference(), rtol=1e-10)
 
 
-# --- Model state, keys, dtypes -------------------------------------------------------------------------------
+# --- Model state, keys, dtypes ----------------------------------------------------------------------------
 
 
 def test_model_state():
@@ -642,11 +639,12 @@ def test_dtypes_and_the_boundaries_of_constraints(dtype):
     assert float(state.hparams["c"]) == 2
 
 
-# --- Mistakes ------------------------------------------------------------------------------------------------
+# --- Mistakes ---------------------------------------------------------------------------------------------
 
 STATE = make().init(jnp.zeros(20))
 ZERO = jnp.zeros(20)
 RATE = bilevel.tuned(lambda h: optax.sgd(h["l2"]))
+IDLE = bilevel.online(POSITIVE, {"l2": 1.0, "idle": 1.0}, inner=SGD, outer=ADAM)
 
 
 @pytest.mark.parametrize(
@@ -771,12 +769,7 @@ RATE = bilevel.tuned(lambda h: optax.sgd(h["l2"]))
             "pruned by optax.masked",
         ),
         (
-            lambda: bilevel.online(
-                POSITIVE, {"l2": 1.0, "idle": 1.0}, inner=SGD, outer=ADAM
-            ).update(
-                ZERO, bilevel.online(POSITIVE, {"l2": 1.0, "idle": 1.0}, inner=SGD, outer=ADAM).init(ZERO), ZERO,
-                train=TRAIN, valid=VALID,
-            ),
+            lambda: IDLE.update(ZERO, IDLE.init(ZERO), ZERO, train=TRAIN, valid=VALID),
             ValueError,
             r"hparams\['idle'\] influences neither inner nor outer",
         ),
