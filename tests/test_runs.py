@@ -1,5 +1,6 @@
 """Runs that are cut short, judged, skipped or fed with unusual numbers keep their promises."""
 
+import importlib
 import signal
 import warnings
 
@@ -276,3 +277,11 @@ def test_a_failure_of_the_device_is_not_masked(monkeypatch):
     monkeypatch.setattr(Run, "_collect", fails)
     with pytest.raises(OSError, match="the device is gone"):
         run(steps=50)
+
+
+def test_a_run_that_needs_more_memory_than_there_is_says_so(monkeypatch):
+    # The module, whose name in the package is that of the function.
+    module = importlib.import_module("bilevel.memory")
+    monkeypatch.setattr(module, "_device_memory", lambda: 10)
+    with pytest.warns(RuntimeWarning, match="needs more memory than the device has: Memory"):
+        run(steps=2)
