@@ -1,6 +1,5 @@
 """Tests are stricter than users: float64, no silent rank promotion, warnings are errors, four devices."""
 
-import gc
 import os
 
 # Before JAX starts its backend.
@@ -15,9 +14,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # tests compile much and compute little
 # jax_numpy_dtype_promotion="strict" stays off here: optax's Adam does not survive it (a float to the power of
 # an int32 count). The conformance tests switch it on for every estimator and method, with optax.sgd.
-
-# What JAX keeps of thousands of programs is never garbage; looking through all of it again and again is slow.
-gc.set_threshold(50_000, 50, 100)
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=10)
 settings.load_profile("tests")

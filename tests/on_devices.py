@@ -119,7 +119,7 @@ def table():
             train,
             valid,
             method,
-            6,
+            2,
             mesh=mesh(),
             progress=False,
         )
