@@ -23,6 +23,14 @@ jax.config.update("jax_disable_most_optimizations", True)
 settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=10)
 settings.load_profile("tests")
 
+# These take longest: begun first, none of them is left to one worker at the end. A file is one worker's.
+LONGEST = ("test_docs.py", "test_conformance.py", "test_hosts.py", "test_resume.py", "test_meshes.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 _COMPILED: list[str] = []
 
 
