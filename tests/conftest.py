@@ -31,6 +31,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_other_files_are_forgotten():
+    """They are not run again, and there are gigabytes of them."""
+    yield
+    jax.clear_caches()
+
+
 _COMPILED: list[str] = []
 
 
