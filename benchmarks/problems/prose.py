@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import ast
 import functools
-import io
 import re
 import sysconfig
-import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -65,21 +63,24 @@ def files(module: str) -> list[Path]:
 
 
 def paragraphs(source: str) -> Iterator[str]:
-    """Those of the docstrings, and the blocks of comments."""
-    for node in ast.walk(ast.parse(source)):
+    """Those of the docstrings, and the blocks of comments that have lines of their own."""
+    stack: list[ast.AST] = [ast.parse(source)]
+    while stack:
+        node = stack.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from split(ast.get_docstring(node) or "")
-    lines: list[str] = []
-    before = 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            line = token.string.lstrip("#").strip()
-            if token.start[0] != before + 1 or not line:
-                yield " ".join(lines)
-                lines = []
-            lines.append(line)
-            before = token.start[0]
-    yield " ".join(lines)
+        for field in ("body", "orelse", "handlers", "finalbody"):
+            below = getattr(node, field, ())
+            stack += below if isinstance(below, list) else ()
+    block: list[str] = []
+    for line in (*source.splitlines(), ""):
+        words = line.strip()
+        text = words.lstrip("#").strip() if words.startswith("#") else ""
+        if text:
+            block.append(text)
+        elif block:
+            yield " ".join(block)
+            block = []
 
 
 def split(text: str) -> list[str]:
@@ -89,10 +90,13 @@ def split(text: str) -> list[str]:
 def plain(paragraph: str) -> str:
     """In the alphabet; empty where it is no prose: short, or code, tables and rules."""
     text = re.sub(r"\d", "0", " ".join(paragraph.lower().split()))
-    text = "".join(c if c in ALPHABET else "?" for c in text)
-    letters = sum(c.isalpha() or c == " " for c in text)
-    prose = len(text.split()) >= 6 and letters >= 0.85 * len(text) and ">>>" not in paragraph
+    text = _STRANGE.sub("?", text)
+    letters = len(_LETTERS.sub("", text))
+    prose = text.count(" ") >= 5 and letters >= 0.85 * len(text) and ">>>" not in paragraph
     return text if prose else ""
+
+
+_STRANGE, _LETTERS = re.compile(f"[^{re.escape(ALPHABET)}]"), re.compile("[^a-z ]")
 
 
 @functools.cache

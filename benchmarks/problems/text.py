@@ -82,7 +82,7 @@ def first_encoder(key):
     key_in, key_state = jax.random.split(key)
     return {
         "in": 0.5 * jax.random.normal(key_in, (SYMBOLS, 3 * UNITS), jnp.float32),
-        "state": jax.random.normal(key_state, (UNITS, 3 * UNITS), jnp.float32) / np.sqrt(UNITS),
+        "state": jax.random.normal(key_state, (UNITS, 3 * UNITS), jnp.float32) / UNITS**0.5,
         "bias": jnp.zeros(3 * UNITS, jnp.float32),
     }
 
@@ -168,15 +168,15 @@ def windows(subjects, sizes, seed: int) -> list[prose.Windows]:
     return prose.splits([prose.SUBJECTS[s] for s in subjects], sizes, np.random.default_rng(seed))
 
 
-def begun(problem, hparams, train, seed: int):
+def begun(problem, hparams, train, seed: int, steps: int):
     """Params after some plain training, where a tuner is switched on."""
     key_start, key_data = jax.random.split(jax.random.key(seed))
     params = first_encoder(key_start) | first_head(len(FOUR))
-    return _trained(problem, params, hparams, bilevel.minibatches(train, BATCH), key_data)
+    return _trained(problem, params, hparams, bilevel.minibatches(train, BATCH), key_data, steps)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _trained(problem, params, hparams, train, key):
+def _trained(problem, params, hparams, train, key, steps):
     optimizer = optax.adam(1e-2)
 
     def step(i, carry):
@@ -185,14 +185,14 @@ def _trained(problem, params, hparams, train, key):
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state
 
-    return jax.lax.fori_loop(0, BEGUN, step, (params, optimizer.init(params)))[0]
+    return jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
 
 
-def penalty(seed: int, log_strength: float = -6.0, sizes=(200, 400, 400)) -> TextTask:
+def penalty(seed: int, log_strength: float = -6.0, sizes=(200, 400, 400), steps: int = BEGUN) -> TextTask:
     """Few training rows; the seed draws the splits and the start."""
     train, valid, test = map(rows, windows(FOUR, sizes, seed))
     hparams = dict.fromkeys(("in", "state", "bias", "out", "shift"), jnp.float32(log_strength))
-    params = begun(PENALTY, hparams, train, seed)
+    params = begun(PENALTY, hparams, train, seed, steps)
     return TextTask(PENALTY, params, hparams, train, valid, test, classified)
 
 
@@ -202,14 +202,14 @@ def flipped(labels: np.ndarray, noise: float, classes: int, rng: np.random.Gener
     return np.where(rng.random(len(labels)) < noise, other, labels).astype(labels.dtype)
 
 
-def cleaning(seed: int, noise: float = 0.3, sizes=(400, 400, 400)) -> TextTask:
+def cleaning(seed: int, noise: float = 0.3, sizes=(400, 400, 400), steps: int = BEGUN) -> TextTask:
     """All weights begin at 1/2; the seed draws the splits, the start and the wrong labels."""
     parts = windows(FOUR, sizes, seed)
     train, valid, test = map(rows, parts)
     labels = flipped(parts[0].label, noise, len(FOUR), np.random.default_rng((seed, 1)))
     train = train | {"label": jnp.asarray(labels), "i": jnp.arange(len(labels))}
     weight = jnp.full(len(labels), 0.5, jnp.float32)
-    params = begun(CLEANING, weight, train, seed)
+    params = begun(CLEANING, weight, train, seed, steps)
     wrong = labels != parts[0].label
     return TextTask(CLEANING, params, weight, train, valid, test, classified, wrong=wrong)
 
@@ -237,25 +237,36 @@ REPRESENTATION = bilevel.Problem(fit_heads, judge_heads)
 def on_new_tasks(heads, encoder, test):
     """Heads fitted by Newton's method to the encoded training windows of new tasks, on their test windows."""
     del heads
-    support, query = encode(encoder, test["support"]), encode(encoder, test["query"])
+    support, query = (with_one(encode(encoder, test[part])) for part in ("support", "query"))
 
     def one(task):
-        def logits(head, states):
-            return states @ head[:-1] + head[-1][None]
+        head = newton_head(
+            support[task["train"]], jax.nn.one_hot(task["train_label"], WAYS, dtype=support.dtype)
+        )
+        return scored(query[task["test"]] @ head, task["test_label"])
 
-        def loss(flat):
-            head = flat.reshape(UNITS + 1, WAYS)
-            fit = jnp.mean(cross_entropy(logits(head, support[task["train"]]), task["train_label"]))
-            return fit + 0.5 * HEAD_L2 * jnp.sum(flat**2)
+    return jax.tree.map(jnp.mean, jax.lax.map(one, test["tasks"]))
 
-        def newton(_, flat):
-            return flat - jnp.linalg.solve(jax.hessian(loss)(flat), jax.grad(loss)(flat))
 
-        flat = jax.lax.fori_loop(0, 8, newton, jnp.zeros((UNITS + 1) * WAYS, support.dtype))
-        return scored(logits(flat.reshape(UNITS + 1, WAYS), query[task["test"]]), task["test_label"])
+def with_one(states):
+    return jnp.concatenate([states, jnp.ones_like(states[:, :1])], axis=1)
 
-    found = jax.lax.map(one, test["tasks"])
-    return jax.tree.map(jnp.mean, found)
+
+def newton_head(states, targets):
+    """The minimiser over W of ``mean ce(states W, targets) + HEAD_L2 / 2 |W|^2``, shape (states, classes)."""
+    n, size, classes = *states.shape, targets.shape[1]
+
+    def newton(_, head):
+        chance = jax.nn.softmax(states @ head)
+        grad = states.T @ (chance - targets) / n + HEAD_L2 * head
+        spread = chance[:, :, None] * (jnp.eye(classes, dtype=chance.dtype)[None] - chance[:, None, :])
+        pairs = (states[:, :, None] * states[:, None, :]).reshape(n, -1)
+        hessian = (pairs.T @ spread.reshape(n, -1) / n).reshape(size, size, classes, classes)
+        matrix = hessian.transpose(0, 2, 1, 3).reshape(size * classes, -1)
+        matrix += HEAD_L2 * jnp.eye(size * classes, dtype=head.dtype)
+        return head - jnp.linalg.solve(matrix, grad.ravel()).reshape(head.shape)
+
+    return jax.lax.fori_loop(0, 8, newton, jnp.zeros((size, classes), states.dtype))
 
 
 def members(labels: np.ndarray, chosen) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +292,7 @@ def triples(classes: int) -> np.ndarray:
     return grid[(np.diff(grid, axis=1) > 0).all(axis=1)]
 
 
-def representation(seed: int, sizes=(160, 480, 320)) -> TextTask:
+def representation(seed: int, sizes=(160, 240, 240)) -> TextTask:
     """The seed draws the splits, which triples of subjects are tasks to learn from, and the start."""
     train, valid, query = windows(SIX, sizes, seed)
     order = np.random.default_rng((seed, 1)).permutation(20)
