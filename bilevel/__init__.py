@@ -10,6 +10,7 @@ from bilevel.estimated_smoothness import estimate_smoothness
 from bilevel.estimators.forward import forward
 from bilevel.estimators.implicit import implicit
 from bilevel.estimators.look_back import look_back
+from bilevel.estimators.penalty import penalty
 from bilevel.estimators.unrolled import one_step, unrolled
 from bilevel.hypergradient import hypergradient
 from bilevel.inner_loops.accelerated import accelerated
@@ -27,9 +28,13 @@ from bilevel.linear_solvers import cg, dense, gmres, neumann, nystrom, sgd
 from bilevel.memory import Memory, memory
 from bilevel.methods.alternating import alternating
 from bilevel.methods.bo_rep import bo_rep
+from bilevel.methods.bome import bome
 from bilevel.methods.hoag import hoag
 from bilevel.methods.isgd import isgd
 from bilevel.methods.maid import maid
+from bilevel.methods.presets import amigo, f2sa, ma_soba, slip, soba, stocbio, ttsa
+from bilevel.methods.saba import saba
+from bilevel.methods.srba import srba
 from bilevel.online import get_hparams, online, tune
 from bilevel.optimize import optimize
 from bilevel.parallel import pmean
@@ -74,8 +79,10 @@ __all__ = [
     "Trajectory",
     "accelerated",
     "alternating",
+    "amigo",
     "argmin",
     "bo_rep",
+    "bome",
     "box",
     "cg",
     "check_hypergradient",
@@ -85,6 +92,7 @@ __all__ = [
     "episodes",
     "epoch_sgd",
     "estimate_smoothness",
+    "f2sa",
     "fixed",
     "forward",
     "get_hparams",
@@ -99,8 +107,9 @@ __all__ = [
     "lbfgs",
     "lift",
     "load",
-    "look_back",
     "logistic_smoothness",
+    "look_back",
+    "ma_soba",
     "maid",
     "memberwise",
     "memory",
@@ -115,15 +124,22 @@ __all__ = [
     "optax_loop",
     "optimize",
     "path_smoothness",
+    "penalty",
     "picard",
     "pmean",
     "population",
     "positive",
     "real",
     "ridge_smoothness",
+    "saba",
     "sgd",
     "simplex",
+    "slip",
+    "soba",
+    "srba",
     "stacked",
+    "stocbio",
+    "ttsa",
     "tune",
     "tuned",
     "unrolled",

@@ -25,6 +25,8 @@ _SORTED_ROWS = 256
 _ROUNDS = 8
 # Keys that are folded from the same one as the epochs' shuffles are kept apart from them by these.
 _FRESH, _RNG = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
+# Fresh batches are drawn at random from as many positions as there are below this one, and from it on.
+_FAR = np.int32(2**30)
 
 
 @runtime_checkable
@@ -80,6 +82,10 @@ class Whole:
 
     def batch(self, key, t):
         del key, t
+        return self.arrays
+
+    def numbered(self, key, i):
+        del key, i
         return self.arrays
 
     def index(self, key, t):
@@ -144,6 +150,14 @@ class Minibatches:
         shuffle = jax.random.fold_in(key, epoch)
         if self.fixed:
             place, shuffle = permute(shuffle, place[None], self.num_batches)[0], key
+        return self._index_at(shuffle, place)
+
+    def numbered(self, key, i) -> Batch:
+        """Fixed batch ``i`` of ``num_batches``; may be traced."""
+        return self._rows_of(self._index_at(key, jnp.asarray(i)))
+
+    def _index_at(self, shuffle, place) -> jax.Array:
+        """Row numbers of the batch at a place in a shuffled pass."""
         share, block = self.batch_size // self.strata, rows(self.arrays) // self.strata
         positions = place * share + jnp.arange(share, dtype=place.dtype)
         if self.strata == 1:
@@ -431,9 +445,10 @@ def rows(arrays, axes: int = 1) -> int:
 def draw(source: Source, key, position, steps: int, count=0, own: Any = True) -> Draw:
     """The training batches of one outer step that begins at batch ``position`` of the source.
 
-    Own batches are ``position, ..., position + steps - 1`` of the run's key. Fresh ones come from a key of
-    their own, made from the number of outer steps so far, ``count``, so that they disturb neither this
-    epoch nor the next. In a step that takes no batches (``own`` is False) all of a sampled source are fresh.
+    Own batches are ``position, ..., position + steps - 1`` of the run's key. Fresh ones are each of a pass of
+    its own, far from those that a run comes to and picked by the number of outer steps so far, ``count``:
+    they disturb neither this epoch nor the next, and are independent of each other, as the factors of a
+    product have to be. In a step that takes no batches (``own`` is False) all of a sampled source are fresh.
     """
     aside = jax.random.fold_in(jax.random.fold_in(key, _FRESH), count)
     if source.restarts:
@@ -441,15 +456,14 @@ def draw(source: Source, key, position, steps: int, count=0, own: Any = True) ->
     if not source.sampled:
         return Draw(lambda j: source.batch(key, position + _own(j, steps)), steps, False)
 
+    # Random bits are dear in a loop; these make a hash of j that depends on the outer step.
+    salt = jax.random.bits(aside, (), jnp.uint32)
+
     def batch(j):
         j = jnp.asarray(j, jnp.int32)
         mine = (j < steps) & own
-        chosen = jax.random.wrap_key_data(
-            jnp.where(mine, jax.random.key_data(key), jax.random.key_data(aside)),
-            impl=jax.random.key_impl(key),
-        )
-        fresh = j - jnp.where(own, steps, 0)
-        return source.batch(chosen, jnp.where(mine, position + j, fresh))
+        far = _FAR + (_mix(salt ^ _mix(j.astype(jnp.uint32))) >> 2).astype(jnp.int32)
+        return source.batch(key, jnp.where(mine, position + j, far))
 
     return Draw(batch, steps, True)
 

@@ -74,11 +74,17 @@ def inner_step(problem, inner, point: Point, hparams: HParams, batch) -> Point:
         return inner_value(problem, params, hparams, batch, point.model_state)
 
     (value, model_state), grad = jax.value_and_grad(loss, has_aux=True)(point.params)
-    optimizer = optax.with_extra_args_support(optimizer_at(inner, hparams))
-    updates, opt_state = optimizer.update(
-        grad, point.opt_state, point.params, value=value, grad=grad, value_fn=lambda p: loss(p)[0]
+    point = dataclasses.replace(point, model_state=model_state)
+    extra = {"value": value, "grad": grad, "value_fn": lambda p: loss(p)[0]}
+    return along(optimizer_at(inner, hparams), point, grad, **extra)
+
+
+def along(optimizer: optax.GradientTransformation, point: Point, gradient, **extra) -> Point:
+    """One step of an optax optimiser for a gradient that is given."""
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        gradient, point.opt_state, point.params, **extra
     )
-    return Point(optax.apply_updates(point.params, updates), opt_state, model_state)
+    return dataclasses.replace(point, params=optax.apply_updates(point.params, updates), opt_state=opt_state)
 
 
 def descend(problem: Problem | FixedPoint, inner, point: Point, hparams: HParams, draw: Draw) -> Point:

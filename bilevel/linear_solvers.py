@@ -12,13 +12,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevel import validation
 from bilevel.gmres import gmres
 from bilevel.nystrom import nystrom
 from bilevel.problem import Preconditioner, PyTree, SolveInfo
-from bilevel.vectors import axpy, cast, norm, size_of, threshold, vdot, where, widened
+from bilevel.vectors import axpy, cast, norm, scaled, size_of, threshold, vdot, where, widened
 
 __all__ = ["axpy", "cg", "dense", "gmres", "neumann", "norm", "nystrom", "sgd", "vdot", "where"]
 
@@ -172,6 +173,7 @@ class Neumann:
 
     terms: int
     step_size: float
+    randomized: bool
 
     def init(self, params):
         """No state."""
@@ -180,7 +182,9 @@ class Neumann:
 
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
         """The truncated series; a fixed number of terms, so that tolerances do not apply."""
-        del key, rtol, atol
+        del rtol, atol
+        if self.randomized:
+            return self._one_term(matvec, b, state, key)
 
         def step(j, carry):
             power, total, negative = carry
@@ -197,8 +201,21 @@ class Neumann:
         info = SolveInfo(norm(power), products + 1, products, negative)
         return x, state, info
 
+    def _one_term(self, matvec, b, state, key):
+        """A term drawn at random, ``terms`` times."""
 
-def neumann(terms: int, step_size: float) -> Neumann:
+        def step(j, carry):
+            power, negative = carry
+            product = matvec(power, j)
+            return axpy(-self.step_size, product, power), negative | (vdot(power, product) < 0)
+
+        drawn = jax.random.randint(key, (), 0, self.terms, jnp.int32)
+        power, negative = jax.lax.fori_loop(0, drawn, step, (b, jnp.bool_(False)))
+        x = scaled(power, self.terms * self.step_size)
+        return x, state, SolveInfo(norm(power), drawn + 1, drawn, negative)
+
+
+def neumann(terms: int, step_size: float, randomized: bool = False) -> Neumann:
     """Truncated Neumann series ``x = step_size sum_{k < terms} (I - step_size A)^k b``.
 
     It is what ``terms`` unrolled gradient steps of the same size compute at the solution of a
@@ -209,17 +226,21 @@ def neumann(terms: int, step_size: float) -> Neumann:
     Args:
       terms: of the series, at least 1.
       step_size: about the inverse of the largest eigenvalue; for a mini-batch, of its Hessian.
+      randomized: one of the terms, drawn at random, times their number: the same in the mean for half of the
+        products, and never exact. Not where solves have to be repeatable.
 
     Raises:
       TypeError, ValueError: a setting that is no number or out of range.
 
     References:
+      Ghadimi and Wang, "Approximation methods for bilevel programming", 2018, arXiv:1802.02246 (randomized).
       Lorraine, Vicol and Duvenaud, "Optimizing millions of hyperparameters by implicit
       differentiation", 2020, arXiv:1911.02590.
     """
     return Neumann(
         validation.whole_number("terms", terms, 1),
         validation.number("step_size", step_size, positive=True),
+        validation.flag("randomized", randomized),
     )
 
 
@@ -264,45 +285,80 @@ def dense() -> Dense:
 
 
 class SGDState(NamedTuple):
-    """The running vector."""
+    """The running vector, and the solves so far."""
 
     v: PyTree
+    solves: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class SGD:
     """See `sgd`."""
 
-    step_size: float
+    step_size: Any
+    steps: int
+    before: bool
+    remembers = True
+
+    @property
+    def measured(self) -> bool:
+        """Whether the residual it reports is that of its answer."""
+        return self.before
 
     def init(self, params):
         """Zeros."""
-        return SGDState(jax.tree.map(jnp.zeros_like, params))
+        return SGDState(jax.tree.map(jnp.zeros_like, params), jnp.int32(0))
+
+    def step_at(self, state: SGDState):
+        """Size of the coming step."""
+        return self.step_size(state.solves) if callable(self.step_size) else self.step_size
+
+    def after(self, state: SGDState, v) -> SGDState:
+        """The state after a solve."""
+        return SGDState(v, jnp.minimum(state.solves, _LAST_SOLVE) + 1)
 
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
-        """One step from the running vector, with the curvature of a fresh batch where there are some."""
+        """Steps from the running vector, each with the curvature of a fresh batch where there are some."""
         del key, rtol, atol
-        product = matvec(state.v, 0)
-        left = axpy(-1.0, b, product)
-        negative = vdot(state.v, product) < 0
-        v = axpy(-self.step_size, left, state.v)
-        return v, SGDState(v), SolveInfo(norm(left), jnp.int32(1), jnp.int32(1), negative)
+        step_size = self.step_at(state)
+
+        def step(j, carry):
+            v, _, negative = carry
+            product = matvec(v, j)
+            left = axpy(-1.0, b, product)
+            return axpy(-step_size, left, v), norm(left), negative | (vdot(v, product) < 0)
+
+        v, residual, negative = step(0, (state.v, None, jnp.bool_(False)))
+        if self.steps > 1:
+            v, residual, negative = jax.lax.fori_loop(1, self.steps, step, (v, residual, negative))
+        taken = jnp.int32(self.steps)
+        info = SolveInfo(residual, taken, taken, negative)
+        # A first hypergradient with v = 0 would have no indirect term, and a run could take it for the last.
+        answer = where(state.solves > 0, state.v, v) if self.before else v
+        return answer, self.after(state, v), info
 
 
-def sgd(step_size: float) -> SGD:
-    """One running gradient step per solve, ``v <- v - step_size (A v - b)``, for single-loop methods.
+_LAST_SOLVE = np.iinfo(np.int32).max - 1
 
-    Params, v and hparams then move at the same pace, one step each, and v is right once all have settled: on
-    the way it lags behind, and so does the hypergradient. It answers with v after the step. One product,
-    with a fresh batch where the source is sampled, and one vector of memory. The residual it reports
-    is that of v before the step.
 
-    Converges for ``0 < step_size < 2 / lambda_max(A)``: while A and b stay, each solve multiplies the error
-    by ``1 - step_size mu`` at most, for small steps and the smallest eigenvalue mu. T solves from zero are
+def sgd(step_size, steps: int = 1, before: bool = False) -> SGD:
+    """A running vector that makes one gradient step per solve, for single-loop methods.
+
+    The step is ``v <- v - step_size (A v - b)``. Params, v and hparams then move at the same pace, one step
+    each, and v is right once all have settled: on the way it lags behind, and so does the hypergradient. One
+    product per step, with a fresh batch where the source is sampled, and one vector of memory. The residual
+    it reports is that of v before the last step.
+
+    Converges for ``0 < step_size < 2 / lambda_max(A)``: while A and b stay, each step multiplies the error
+    by ``1 - step_size mu`` at most, for small steps and the smallest eigenvalue mu. T steps from zero are
     `neumann` with T terms.
 
     Args:
-      step_size: about the inverse of the largest eigenvalue; smaller with mini-batches.
+      step_size: about the inverse of the largest eigenvalue; smaller with mini-batches. Or a function of the
+        number of solves so far, an optax schedule; it has to be positive.
+      steps: of each solve.
+      before: answer with v as it was before the step, so that it and params can move from one point; for one
+        step only. The first solve, from zero, answers with v after it.
 
     Raises:
       TypeError, ValueError: a setting that is no number or out of range.
@@ -311,4 +367,9 @@ def sgd(step_size: float) -> SGD:
       Dagreou, Ablin, Vaiter and Moreau, "A framework for bilevel optimization that enables stochastic and
       global variance reduction algorithms", 2022, arXiv:2201.13409.
     """
-    return SGD(validation.number("step_size", step_size, positive=True))
+    if not callable(step_size):
+        step_size = validation.number("step_size", step_size, positive=True)
+    steps = validation.whole_number("steps", steps, 1)
+    if validation.flag("before", before) and steps != 1:
+        raise ValueError(f"before=True answers with what one step starts from, got steps={steps}.")
+    return SGD(step_size, steps, before)

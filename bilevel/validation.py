@@ -106,14 +106,18 @@ def flag(name: str, value) -> bool:
     return bool(value)
 
 
-def number(name: str, value, *, positive: bool = False, minimum: float | None = None) -> float:
+def number(
+    name: str, value, *, positive: bool = False, minimum: float | None = None, below: float | None = None
+) -> float:
     """The value as a float; TypeError or ValueError where it is none or out of range."""
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     value = float(value)
-    if not np.isfinite(value) or (positive and value <= 0) or (minimum is not None and value < minimum):
+    too_small = (positive and value <= 0) or (minimum is not None and value < minimum)
+    if not np.isfinite(value) or too_small or (below is not None and value >= below):
         wanted = "a positive number" if positive else f"a finite number of at least {minimum:g}"
-        raise ValueError(f"{name} must be {wanted}, got {value:g}.")
+        less = "" if below is None else f" and less than {below:g}"
+        raise ValueError(f"{name} must be {wanted}{less}, got {value:g}.")
     return value
 
 

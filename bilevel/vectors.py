@@ -77,6 +77,14 @@ def threshold(bb: jax.Array, rtol, atol) -> jax.Array:
     return jnp.maximum(jnp.square(rtol) * bb, jnp.square(atol)).astype(bb.dtype)
 
 
+def into_ball(params: PyTree, centre: PyTree, radius) -> PyTree:
+    """Projection onto the ball around ``centre``, over the whole pytree."""
+    away = axpy(-1.0, centre, params)
+    distance = norm(away)
+    shrink = jnp.minimum(1, radius / jnp.where(distance > 0, distance, 1))
+    return axpy(shrink, away, centre)
+
+
 # --- Stacks ----------------------------------------------------------------------------------------------
 
 # Orthogonality has to hold to the last digit, also where the default of the device is a short product.

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from problems import QUADRATIC, RIDGE, RIDGE_LOG_L2, Ridge, ridge
+from problems import QUADRATIC, RIDGE, RIDGE_LOG_L2, Quadratic, Ridge, ridge
 
 import bilevel
 from bilevel.problem import NONE, RESIDUAL
@@ -45,11 +45,12 @@ class EstimatorRow:
     """An estimator with its settings.
 
     ``rtol``: of what it returns at the inner solution, in float64. ``terms``: of the Neumann series it
-    amounts to there, None where it is exact. ``trajectory``: moves params, by ``steps`` inner steps of which
-    ``kept`` are differentiated in ``passes`` sweeps. ``memory``: its state has leaves. ``fresh``: it takes
-    batches beyond the step's own, ``batches`` of them at once. ``error_kind``: what its error means.
-    ``solver``: it solves a linear system, with ``scale`` times the inner Hessian. ``problem`` and
-    ``quadratic``: the ridge problem and the quadratic one as it takes them.
+    amounts to there, ``multiplier``: of the penalty, both None where it is exact. ``trajectory``: moves
+    params, by ``steps`` inner steps of which ``kept`` are differentiated in ``passes`` sweeps. ``memory``:
+    its state has leaves. ``fresh``: it takes batches beyond the step's own, ``batches`` of them at once.
+    ``error_kind``: what its error means. ``solver``: it solves a linear system, with ``scale`` times the
+    inner Hessian. ``outer_grads``: how many it takes. ``problem`` and ``quadratic``: the ridge problem and
+    the quadratic one as it takes them.
     """
 
     factory: str
@@ -67,13 +68,28 @@ class EstimatorRow:
     error_kind: str = NONE
     solver: bool = False
     scale: float = 1.0
+    outer_grads: int = 1
+    multiplier: float | None = None
     problem: Any = RIDGE
     quadratic: Any = QUADRATIC
 
+    @property
+    def exact(self) -> bool:
+        return self.terms is None and self.multiplier is None
+
     def expected(self, problem: Ridge, log_l2):
+        if self.multiplier is not None:
+            return problem.penalty(log_l2, self.multiplier)
         if self.terms is None:
             return problem.hypergradient(log_l2)
         return problem.neumann(log_l2, self.terms, STEP_SIZE)
+
+    def expected_of_quadratic(self, data: Quadratic, h):
+        if self.multiplier is not None:
+            return data.penalty(h, self.multiplier)
+        if self.terms is None:
+            return data.hypergradient(h)
+        return data.neumann(data.solution(h), h, self.terms, STEP_SIZE)
 
     def __repr__(self) -> str:
         return self.label
@@ -165,6 +181,17 @@ ESTIMATORS = (
         steps=1,
         kept=1,
         passes=5,
+    ),
+    EstimatorRow(
+        "penalty",
+        "penalty",
+        lambda: bilevel.penalty(10.0, SGD, STEPS),
+        rtol=1e-9,
+        multiplier=10.0,
+        steps=STEPS + 2,  # with both terms of the difference
+        outer_grads=STEPS + 1,
+        memory=True,
+        fresh=True,
     ),
     _solving(
         "implicit(dense), fixed point",
@@ -268,15 +295,17 @@ INNER = optax.sgd(0.5)
 OUTER = optax.chain(optax.clip(0.05), optax.sgd(10.0))
 # For params that lag behind by some outer steps.
 SLOW_OUTER = optax.chain(optax.clip(0.25), optax.sgd(2.0))
+# For all three variables of a single loop at one pace.
+SINGLE_OUTER = optax.chain(optax.clip(0.1), optax.sgd(0.7))
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodRow:
     """A method with its settings, and the root its iterations converge to.
 
-    ``terms``: of the Neumann series that its hypergradient amounts to at a fixed point, None where exact.
-    ``steps``: outer steps by which it is there. ``frozen``: hparams do not move in so many first steps.
-    ``period``: params move every so many outer steps.
+    ``terms``: of the Neumann series that its hypergradient amounts to at a fixed point, ``multiplier``: of
+    the penalty that it makes, None where exact. ``steps``: outer steps by which it is there. ``frozen``:
+    hparams do not move in so many first steps. ``period``: params move every so many outer steps.
     """
 
     factory: str
@@ -286,9 +315,12 @@ class MethodRow:
     steps: int = 150
     frozen: int = 0
     period: int = 1
+    multiplier: float | None = None
 
     def stationary(self, problem: Ridge, log_l2: float) -> float:
         """Zero at the hyperparameter that the method converges to."""
+        if self.multiplier is not None:
+            return problem.penalty(log_l2, self.multiplier)
         if self.terms is None:
             return problem.hypergradient(log_l2)
         return problem.neumann(log_l2, self.terms, 0.5)
@@ -316,6 +348,13 @@ METHODS = (
     MethodRow("alternating", "warmup", _alternating(_COLD, warmup=5), frozen=5),
     MethodRow("alternating", "restart", _alternating(_COLD, inner_steps=400, restart=True)),
     MethodRow("alternating", "simultaneous", _alternating(_COLD, simultaneous=True), steps=300),
+    MethodRow("soba", "soba", bilevel.soba(INNER, SINGLE_OUTER, 0.5), steps=2500),
+    MethodRow("ma_soba", "ma_soba", bilevel.ma_soba(INNER, SINGLE_OUTER, 0.5, momentum=0.5), steps=2500),
+    MethodRow("saba", "saba", bilevel.saba(INNER, SINGLE_OUTER, 0.5), steps=2500),
+    MethodRow("srba", "srba", bilevel.srba(INNER, SINGLE_OUTER, 0.5), steps=2500),
+    MethodRow("stocbio", "stocbio", bilevel.stocbio(INNER, OUTER, 0.5, 20, 100), terms=20),
+    MethodRow("amigo", "amigo", bilevel.amigo(INNER, OUTER, 0.5, 100, 100)),
+    MethodRow("f2sa", "f2sa", bilevel.f2sa(INNER, OUTER, 10.0, 100), multiplier=10.0),
 )
 
 # Public factories that raise NotImplementedError in this release.
@@ -344,6 +383,8 @@ OTHER = {
     *("maid", "hoag", "isgd"),
     "imaging",
     *("online", "tune", "get_hparams"),
+    # Random or in a cycle also with whole arrays; with the other presets in a file of their own.
+    *("ttsa", "bome", "slip"),
     # A fixed step ends in a cycle; in a file of its own, with its transformation and its diagnosis.
     *("bo_rep", "normalized_momentum", "path_smoothness", "PathSmoothness"),
     *(

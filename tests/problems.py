@@ -79,6 +79,14 @@ class Ridge:
         w = self.solution(log_l2) if w is None else w
         return -self.cross(w, log_l2, np.linalg.solve(self.hessian(log_l2), self.outer_grad(w)))
 
+    def penalty(self, log_l2, multiplier):
+        """The same by first derivatives at two minimisers, Eq. (2) of bilevel.estimators.penalty."""
+        m, n = multiplier, self.c.size
+        pulled = self.hessian(log_l2) + self.v.T @ self.v / (m * n)
+        y = np.linalg.solve(pulled, self.a.T @ self.b / self.b.size + self.v.T @ self.c / (m * n))
+        w = self.solution(log_l2)
+        return m * (self.cross(y, log_l2, y) - self.cross(w, log_l2, w)) / 2
+
     def neumann(self, log_l2, terms, step_size, w=None):
         """The same with a truncated series in place of the inverse Hessian."""
         w = self.solution(log_l2) if w is None else w
@@ -145,6 +153,13 @@ class Quadratic:
     def hypergradient(self, h):
         v = np.linalg.solve(self.train["hessian"], self.solution(h) - self.valid["target"])
         return h - self.train["cross"].T @ v
+
+    def penalty(self, h, multiplier):
+        """By first derivatives at two minimisers."""
+        m, shift = multiplier, self.train["cross"] @ h + self.train["shift"]
+        pulled = self.train["hessian"] + np.eye(shift.size) / m
+        y = np.linalg.solve(pulled, self.valid["target"] / m - shift)
+        return h + m * self.train["cross"].T @ (y - self.solution(h))
 
     def neumann(self, w, h, terms, step_size):
         """At any w, with the T-term series in place of the inverse Hessian."""

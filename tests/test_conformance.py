@@ -8,7 +8,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,13 +44,17 @@ def assert_close(got, expected, rtol):
 
 def sharded(batch, devices=4):
     """The same arrays with their rows spread over devices."""
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    return jax.device_put(batch, NamedSharding(_mesh(devices), PartitionSpec("data")))
 
 
 def replicated(tree, devices=4):
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, NamedSharding(_mesh(devices), PartitionSpec()))
+
+
+def _mesh(devices):
+    if jax.device_count() < devices:
+        pytest.skip(f"needs {devices} devices; there is one accelerator")
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
 
 
 # --- The table ---------------------------------------------------------------------------------------------
@@ -102,7 +105,7 @@ def test_matches_closed_form(row):
     assert_close(estimate.params, problem.solution(LOG_L2), 1e-12)
 
 
-@by_label([row for row in ESTIMATORS if row.terms is not None])
+@by_label([row for row in ESTIMATORS if not row.exact])
 def test_a_biased_estimator_is_not_exact(row):
     # Otherwise the closed form above could not tell a truncated series from a whole one.
     exact = ridge().hypergradient(LOG_L2)
@@ -158,10 +161,11 @@ def test_float32_stays_within_rounding(row):
     # measured, and by rounding: sums of 200 rows, sqrt(200) eps each, amplified by the condition number.
     scale = np.exp(LOG_L2) * np.linalg.norm(w) * np.linalg.norm(b) / eigenvalues[0]
     residual = 0.0
-    if row.error_kind == RESIDUAL and row.terms is None:
+    if row.error_kind == RESIDUAL and row.exact:
         residual = float(estimate.error)
         assert residual <= np.sqrt(EPS32)
-    bound = scale * (residual + np.sqrt(VALID_ROWS) * EPS32 * condition)
+    amplified = row.multiplier or 1.0
+    bound = scale * (residual + np.sqrt(VALID_ROWS) * EPS32 * condition * amplified)
     assert abs(float(estimate.grad) - row.expected(problem, LOG_L2)) <= bound
 
 
@@ -200,7 +204,7 @@ def test_any_pytree_donated_under_jit(row, params_spec, hparams_spec):
     data = Quadratic.random(flat.size, h.size, seed=1, smallest=1.1, largest=3.5)
     w, unravel = data.solution(h), ravel_pytree(params)[1]
     # A long way from the instance of the table, same spectrum: every row's settings still fit.
-    expected = data.hypergradient(h) if row.terms is None else data.neumann(w, h, row.terms, STEP_SIZE)
+    expected = row.expected_of_quadratic(data, h)
     fn = jax.jit(bilevel.hypergradient(row.quadratic, row.make()), donate_argnums=0)
     estimate = fn(unravel(jnp.asarray(w)), hparams, data.train, data.valid)
     chex.assert_trees_all_equal_shapes_and_dtypes(estimate.grad, hparams)
@@ -216,7 +220,7 @@ def test_any_pytree_donated_under_jit(row, params_spec, hparams_spec):
 def test_counts_examples_touched(row):
     estimate = jitted(row)(*at_solution(LOG_L2))
     counts = jax.tree.map(float, estimate.counts)
-    assert counts.outer_grad == VALID_ROWS
+    assert counts.outer_grad == row.outer_grads * VALID_ROWS
     if not row.solver:
         differentiated = row.kept * row.passes * TRAIN_ROWS
         assert counts[:1] + counts[2:] == (row.steps * TRAIN_ROWS, differentiated, differentiated)
@@ -313,7 +317,7 @@ def test_fresh_batches_are_asked_for_where_stated(row):
     plain, _ = estimate_once(row, row.make(), w)
     fresh, _ = estimate_once(row, row.make(), w, draw=Draw(batch, 1, True))
     assert (abs(float(fresh.grad) - float(plain.grad)) > 1e-3) == row.fresh
-    assert float(fresh.counts.cross) == TRAIN_ROWS * max(1, row.batches)
+    assert float(fresh.counts.cross) == (TRAIN_ROWS * max(1, row.batches) if row.solver else 0)
 
 
 @by_label(ESTIMATORS)
@@ -322,7 +326,7 @@ def test_memory_is_a_state_of_arrays(row):
     assert bool(jax.tree.leaves(state)) == row.memory
 
 
-@by_label([row for row in ESTIMATORS if row.memory])
+@by_label([row for row in ESTIMATORS if row.memory and row.solver])
 def test_memory_warm_starts_and_survives_a_file(row, tmp_path):
     estimator, w = row.make(), ridge().solution(LOG_L2)
     cold, state = estimate_once(row, estimator, w)
@@ -344,7 +348,7 @@ def test_no_estimator_promotes_dtypes(row):
 
 # --- Methods -----------------------------------------------------------------------------------------------
 
-SOURCES = bilevel.minibatches(ridge().train, 20), ridge().valid
+SOURCES = bilevel.minibatches(ridge().train, 20, fixed=True), ridge().valid
 
 
 @functools.cache
@@ -432,13 +436,8 @@ def test_a_sharded_run_equals_one_device(row):
 
 @by_label(METHODS)
 def test_no_method_promotes_dtypes(row):
-    estimator = row.method.estimator
+    method = row.method
     with jax.numpy_dtype_promotion("strict"):
-        method = bilevel.alternating(
-            estimator, optax.sgd(0.5), optax.sgd(0.1), inner_steps=3,
-            period=row.method.period, warmup=row.method.warmup,
-            restart=row.method.restart, simultaneous=row.method.simultaneous,
-        )  # fmt: skip
         for sources in ((ridge().train, ridge().valid), SOURCES):
             state = method.init(RIDGE, jnp.zeros(20), jnp.asarray(LOG_L2), *sources, key=jax.random.key(0))
             jax.eval_shape(functools.partial(method.step, RIDGE), state, *sources)

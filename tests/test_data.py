@@ -181,10 +181,36 @@ def test_draw_from_minibatches():
         for j in range(steps):
             np.testing.assert_array_equal(batches[j], source.index(KEY, position + j))
         np.testing.assert_array_equal(drawn.last["i"], batches[steps - 1])
-        fresh = batches[steps:]
-        assert len(set(np.concatenate(fresh).tolist())) == 10 * steps
         sets = [frozenset(batch.tolist()) for batch in batches]
         assert len(set(sets)) == 2 * steps
+
+
+def test_fresh_batches_are_independent():
+    """Two of them share as many rows as two random subsets do, and are the same as rarely."""
+    source, runs = numbered(20, 5), 4000
+
+    def pair(count):
+        drawn = draw(source, KEY, 0, 2, count)
+        return drawn(2)["i"], drawn(3)["i"]
+
+    one, other = jax.vmap(pair)(jnp.arange(runs))
+    shared = np.asarray((one[:, :, None] == other[:, None, :]).sum((1, 2)))
+    law = stats.hypergeom(20, 5, 5)
+    assert abs(shared.mean() - law.mean()) < stats.norm.isf(LEVEL) * law.std() / np.sqrt(runs)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_fresh_batches_of_a_fixed_source_are_among_its_batches(steps):
+    source = bilevel.minibatches({"i": jnp.arange(300)}, 50, fixed=True)
+    fixed = [tuple(np.asarray(source.numbered(KEY, i)["i"]).tolist()) for i in range(6)]
+    assert len({row for batch in fixed for row in batch}) == 300
+    counts = dict.fromkeys(fixed, 0)
+    for count in range(20):
+        for j in range(steps, steps + 3):
+            counts[tuple(np.asarray(draw(source, KEY, 0, steps, count)(j)["i"]).tolist())] += 1
+    assert min(counts.values()) > 0
+    own = [tuple(np.asarray(source.batch(KEY, t)["i"]).tolist()) for t in range(6)]
+    assert set(own) == set(fixed)
 
 
 def test_fresh_batches_are_those_of_no_other_step():

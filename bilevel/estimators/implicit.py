@@ -52,7 +52,11 @@ class Implicit:
     curvature: str
     batches: int
     trajectory = False
-    forgets = True
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the solver's state is a mere warm start."""
+        return not getattr(self.solver, "remembers", False)
 
     def init(self, problem, point, hparams):
         """The linear solver's state."""
@@ -86,7 +90,9 @@ class Implicit:
             solve = solve._replace(negative_curvature=jnp.bool_(False))
         hv, cross = both(v)
         b_norm = norm(b)
-        left = norm(axpy(-1.0, hv, b))
+        # A running vector is met on a batch of its own, which serves; else it is that of the cross product.
+        measured = getattr(self.solver, "measured", False)
+        left = solve.residual if measured else norm(axpy(-1.0, hv, b))
         # What the solver found to be no number is none here, even where its answer hides it.
         left = jnp.where(jnp.isnan(solve.residual), jnp.nan, left)
         certificate = self._certificate(problem, point, hparams, draw, b, left)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bilevel import validation
 from bilevel.inner_loops.measured import gradient_of, loss_of, needs_a_loss, size_of_gradient, tolerance
 from bilevel.problem import Draw, Point, PyTree, SolveInfo
-from bilevel.vectors import axpy, norm
+from bilevel.vectors import axpy, into_ball, norm
 
 
 class _Epochs(NamedTuple):
@@ -53,7 +53,7 @@ class EpochSGD:
             def step(j, carry):
                 w, mean = carry
                 w = axpy(-step_size, gradient(w, draw(at.steps + j)), w)
-                w = _into_ball(w, at.params, radius)
+                w = into_ball(w, at.params, radius)
                 return w, jax.tree.map(lambda m, x: (m + (x - m) / (j + 1)).astype(m.dtype), mean, w)
 
             length = jnp.left_shift(jnp.int32(self.steps), at.epoch)
@@ -71,14 +71,6 @@ class EpochSGD:
         end = jax.lax.while_loop(lambda at: ~at.done, body, start)
         info = SolveInfo(end.size, end.steps, end.steps + end.epoch + 1, jnp.bool_(False))
         return Point(end.params, point.opt_state, point.model_state), state, info
-
-
-def _into_ball(params: PyTree, centre: PyTree, radius) -> PyTree:
-    """Projection onto the ball around ``centre``, over the whole pytree."""
-    away = axpy(-1.0, centre, params)
-    distance = norm(away)
-    shrink = jnp.minimum(1, radius / jnp.where(distance > 0, distance, 1))
-    return axpy(shrink, away, centre)
 
 
 def epoch_sgd(

@@ -129,7 +129,8 @@ class Alternating:
     @property
     def differentiated(self) -> Any:
         """The inner optimiser through whose steps derivatives are taken, or None."""
-        return self._inner if self._estimator.trajectory else None
+        first_order = getattr(self._estimator, "first_order", False)
+        return self._inner if self._estimator.trajectory and not first_order else None
 
     @property
     def _solves(self) -> bool:
@@ -206,8 +207,31 @@ class Alternating:
         data.check_sources(train, valid, self._steps)
         hparams = state.hparams
         moves = state.count % self.period == 0
-        estimate, end, inner, gradients = self._estimated(problem, state, hparams, moves, train, valid)
-        estimate, estimator = estimate
+        estimated, end, inner, gradients = self._estimated(problem, state, hparams, moves, train, valid)
+        estimate, estimator = estimated
+        counts = estimate.counts._replace(inner_grad=gradients)
+        estimate = dataclasses.replace(estimate, counts=counts)
+        old = state
+        if getattr(self._estimator, "forgets", False):
+            # A warm start need not outlive a rejected step: one vector less is held through it.
+            old = dataclasses.replace(state, estimator=self._estimator.init(problem, state.point, hparams))
+        taken = jnp.where(moves, self._steps, 0)
+        renewed = train.renewed or valid.renewed
+        return self.concluded(old, estimate, end, estimator, inner, taken=taken, renewed=renewed)
+
+    def concluded(self, state, estimate, end, estimator, inner=(), *, taken=0, renewed):
+        """Eq. (3) and the end of an outer step, which is rejected where a result is not finite.
+
+        Args:
+          state: before the step, as a rejected one leaves it.
+          estimate: at hparams of the state.
+          end: the new point.
+          estimator: its new state.
+          inner: new state of an inner solver.
+          taken: training batches.
+          renewed: the step would not be the same if it were repeated.
+        """
+        hparams = state.hparams
         grad = state.constraints.pull_back(state.free, estimate.grad)
         free, outer = self._outer_update(state, estimate.value, grad)
         proposed = dataclasses.replace(
@@ -215,18 +239,14 @@ class Alternating:
         )
         nonfinite, finite = _nonfinite(proposed, estimate, grad)
         accepted = nonfinite == 0
-        old = state
-        if getattr(self._estimator, "forgets", False):
-            # A warm start need not outlive the step: one vector less is held through it.
-            old = dataclasses.replace(state, estimator=self._estimator.init(problem, state.point, hparams))
-        kept = jax.lax.cond(accepted, lambda: proposed, lambda: old)
+        kept = jax.lax.cond(accepted, lambda: proposed, lambda: state)
         rejected = jnp.where(accepted, 0, state.rejected + 1)
         # A step that nothing new enters would only repeat itself.
-        allowed = _REJECTIONS if train.renewed or valid.renewed else 1
+        allowed = _REJECTIONS if renewed else 1
         new_state = dataclasses.replace(
             kept,
             count=state.count + 1,
-            position=state.position + jnp.where(moves, self._steps, 0),
+            position=state.position + taken,
             rejected=rejected,
             finite=jnp.where(accepted, finite, state.finite),
         )
@@ -237,7 +257,7 @@ class Alternating:
             accepted=accepted,
             status=jnp.where(rejected >= allowed, Status.DIVERGED, Status.RUNNING).astype(jnp.int32),
             nonfinite=nonfinite,
-            counts=estimate.counts._replace(inner_grad=gradients),
+            counts=estimate.counts,
             solve=estimate.solve,
             metrics=estimate.metrics,
             params=estimate.params,

@@ -35,14 +35,15 @@ import jax.numpy as jnp
 
 from bilevel import validation
 from bilevel.constraints import Box, bind
+from bilevel.control import once
 from bilevel.estimators.implicit import implicit
-from bilevel.inner_loops.epoch_sgd import _into_ball
 from bilevel.inner_solvers import inner_step
 from bilevel.linear_solvers import cg
 from bilevel.methods.alternating import Alternating, alternating
 from bilevel.methods.inexact import refuse_unfit
 from bilevel.problem import Draw, Estimator, InnerSolver, Point, PyTree, SolveInfo
 from bilevel.transforms import normalized_momentum
+from bilevel.vectors import into_ball
 
 # The refinement's fresh batches are counted from here on, beyond those of the first step's estimator.
 _ASIDE = 1 << 20
@@ -79,10 +80,10 @@ class PeriodicUpdate:
             point, state, taken = self._update(problem, state, point, hparams, draw)
         else:
             # Loops of at most one pass: a population, in which conditions become selections, passes by.
-            point, state, taken = _once(
+            point, state, taken = once(
                 state.begins,
                 lambda at: self._refine(problem, at, hparams, draw, key),
-                _once(
+                once(
                     ~state.begins,
                     lambda at: self._update(problem, at[1], at[0], hparams, draw),
                     (point, state, jnp.int32(0)),
@@ -100,7 +101,7 @@ class PeriodicUpdate:
             at, mean = carry
             at = inner_step(problem, self.optimizer, at, hparams, draw(j))
             if self.radius is not None:
-                at = dataclasses.replace(at, params=_into_ball(at.params, centre, self.radius))
+                at = dataclasses.replace(at, params=into_ball(at.params, centre, self.radius))
             mean = jax.tree.map(lambda m, w: m + (w - m) / (j + 1).astype(m.dtype), mean, at.params)
             return at, mean
 
@@ -123,16 +124,12 @@ class PeriodicUpdate:
         return point, state._replace(refinement=refined), taken
 
 
-def _once(condition, fn, at):
-    """``fn(at)`` where a scalar condition holds, else ``at``."""
-    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), fn(c[1])), (condition, at))[1]
-
-
 @dataclasses.dataclass(frozen=True)
 class BoRep:
-    """See `bo_rep`."""
+    """See `bo_rep`; ``name`` is that of the factory."""
 
     method: Alternating
+    name: str = "bo_rep"
     differentiated = None
 
     @property
@@ -146,8 +143,8 @@ class BoRep:
 
     def init(self, problem, params, hparams, train, valid, *, key, model_state=None):
         """The first state; the problem checked on the data's shapes."""
-        refuse_unfit("bo_rep", problem)
-        _refuse_box(problem, validation.floating(hparams, "hparams"))
+        refuse_unfit(self.name, problem)
+        _refuse_box(self.name, problem, validation.floating(hparams, "hparams"))
         return self.method.init(problem, params, hparams, train, valid, key=key, model_state=model_state)
 
     def step(self, problem, state, train, valid):
@@ -155,7 +152,7 @@ class BoRep:
         return self.method.step(problem, state, train, valid)
 
 
-def _refuse_box(problem, hparams) -> None:
+def _refuse_box(name: str, problem, hparams) -> None:
     bound = bind(problem.constraints, hparams)
     paths = jax.tree_util.tree_flatten_with_path(hparams)[0]
     for (path, _), constraint in zip(paths, bound.leaves, strict=True):
@@ -165,7 +162,7 @@ def _refuse_box(problem, hparams) -> None:
             fix = "bilevel.positive()" if open_ended else f"bilevel.interval({lo:g}, {hi:g})"
             raise ValueError(
                 f"constraints: hparams{validation.name_of(path)} has {constraint!r}, whose projection would "
-                "cut short the steps of bo_rep, all of one length, and stop the others with it. Take a "
+                f"cut short the steps of {name}, all of one length, and stop the others with it. Take a "
                 f"constraint that is a change of units, such as {fix}."
             )
 

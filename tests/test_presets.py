@@ -1,0 +1,466 @@
+"""Single-loop and stochastic methods: their updates as written, their noise, their limits, their mistakes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import RIDGE, RIDGE_LOG_L2, Ridge, least_squares, logistic_data, ridge, ridge_train, ridge_valid
+
+import bilevel
+from bilevel import Status
+from bilevel.methods.saba import SabaState
+
+R = ridge()
+KEY = jax.random.key(0)
+SGD = optax.sgd(0.05)
+
+
+def states(method, start, steps, train, valid, problem=RIDGE, size=20):
+    """The state before each outer step and after the last, and the infos."""
+    state = method.init(problem, jnp.zeros(size), jnp.asarray(start), train, valid, key=KEY)
+
+    def body(state, _):
+        new, info = method.step(problem, state, train, valid)
+        return new, (state, info)
+
+    last, (before, infos) = jax.jit(lambda s: jax.lax.scan(body, s, None, length=steps))(state)
+    return before, last, infos
+
+
+# --- The updates as written, with whole arrays -------------------------------------------------------------
+
+
+def by_hand(steps, momentum=0.0, start=-1.0):
+    """SOBA in numpy: hyperparameter, params and running vector before each step."""
+    w, v, u, mean, rows = np.zeros(20), np.zeros(20), start, 0.0, []
+    for k in range(steps):
+        rows.append((u, w, v))
+        hessian, slope = R.hessian(u), R.outer_grad(w)
+        gradient = hessian @ w - R.a.T @ R.b / R.b.size
+        new = v - 0.2 * (hessian @ v - slope)
+        mean = momentum * mean - (1 - momentum) * R.cross(w, u, v if k else new)
+        w, v, u = w - 0.1 * gradient, new, u - 0.3 * mean
+    return (np.array(x) for x in zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize("name", ["soba", "ma_soba", "saba", "srba"])
+def test_a_single_loop_moves_all_from_one_point(name):
+    settings = {"momentum": 0.6} if name == "ma_soba" else {}
+    method = getattr(bilevel, name)(optax.sgd(0.1), optax.sgd(0.3), 0.2, **settings)
+    before, _, infos = states(method, -1.0, 8, R.train, R.valid)
+    u, w, v = by_hand(8, **settings)
+    np.testing.assert_allclose(before.hparams, u, rtol=1e-12)
+    np.testing.assert_allclose(before.params, w, rtol=1e-11, atol=1e-14)
+    running = before.estimator.v if hasattr(before.estimator, "v") else before.estimator.running.v
+    first = 1 if name in ("saba", "srba") else 0  # they take the first step of v when they begin
+    ahead = np.roll(v, -first, axis=0)[: 8 - first]
+    if first == 0:
+        np.testing.assert_allclose(running, ahead, rtol=1e-11, atol=1e-14)
+    assert (np.asarray(infos.counts.hvp) == 40).all() or name == "srba"
+
+
+def test_steps_of_the_linear_system_may_fall():
+    falling = bilevel.soba(optax.sgd(0.1), optax.sgd(0.3), lambda k: 0.2 / (k + 1.0))
+    before, last, _ = states(falling, -1.0, 3, R.train, R.valid)
+    w, v = np.zeros(20), np.zeros(20)
+    for k in range(3):
+        w, u = np.asarray(before.params[k]), float(before.hparams[k])
+        v = v - 0.2 / (k + 1) * (R.hessian(u) @ v - R.outer_grad(w))
+    np.testing.assert_allclose(last.estimator.v, v, rtol=1e-12)
+
+
+# --- Noise -------------------------------------------------------------------------------------------------
+
+BATCHES = {
+    "train": bilevel.minibatches(R.train, 10, fixed=True),
+    "valid": bilevel.minibatches(R.valid, 50, fixed=True),
+}
+STEADY = optax.chain(optax.clip(0.1), optax.sgd(0.5))
+
+
+@functools.cache
+def end(name, steps=6000, **settings):
+    method = getattr(bilevel, name)(optax.sgd(0.1), STEADY, 0.1, **settings)
+    _, last, infos = states(method, RIDGE_LOG_L2 + 0.5, steps, **BATCHES)
+    return last, infos
+
+
+@pytest.mark.parametrize("name", ["saba", "srba"])
+def test_reduced_variance_ends_at_the_solution_with_fixed_steps(name):
+    last, infos = end(name)
+    assert abs(float(last.hparams) - RIDGE_LOG_L2) < 1e-6
+    np.testing.assert_allclose(last.params, R.solution(RIDGE_LOG_L2), atol=1e-7)
+    assert np.asarray(infos.grad_norm[-20:]).max() < 1e-6
+
+
+def test_plain_batches_do_not():
+    last, infos = end("soba")
+    assert np.asarray(infos.grad_norm[-200:]).max() > 1e-3
+    assert 1e-4 < abs(float(last.hparams) - RIDGE_LOG_L2) < 0.5
+
+
+def test_the_table_of_saba_is_what_it_stands_for():
+    before, last, _ = states(bilevel.saba(SGD, STEADY, 0.1), -2.0, 40, **BATCHES)
+    memory = last.estimator
+    assert isinstance(memory, SabaState)
+    for mean, table in zip(jax.tree.leaves(memory.mean), jax.tree.leaves(memory.table), strict=True):
+        np.testing.assert_allclose(mean, np.mean(table, 0), rtol=1e-11, atol=1e-13)
+    # In the mean over the batches of both levels a step is that of all examples.
+    state = jax.tree.map(lambda x: x[-1], before)
+    step = jax.jit(functools.partial(bilevel.saba(SGD, optax.sgd(1.0), 0.1).step, RIDGE))
+    moved = [step(dataclasses.replace(state, count=jnp.int32(c)), **BATCHES)[0] for c in range(4000, 4400)]
+    w, u = np.asarray(state.params), float(state.hparams)
+    gradient = R.hessian(u) @ w - R.a.T @ R.b / R.b.size
+    steps = np.stack([(w - np.asarray(m.params)) / 0.05 for m in moved])
+    error = np.abs(steps.mean(0) - gradient)
+    assert (error <= 5 * steps.std(0) / np.sqrt(len(moved)) + 1e-12).all()
+    assert steps.std(0).max() > 1e-3
+
+
+def test_srba_passes_over_all_examples_once_a_period():
+    method = bilevel.srba(SGD, STEADY, 0.1, period=3)
+    _, _, infos = states(method, -2.0, 7, **BATCHES)
+    assert np.asarray(infos.counts.inner_grad).tolist() == [40, 20, 20, 40, 20, 20, 40]
+    assert np.asarray(infos.counts.outer_grad).tolist() == [200, 100, 100, 200, 100, 100, 200]
+    _, _, infos = states(bilevel.srba(SGD, STEADY, 0.1), -2.0, 5, **BATCHES)
+    assert np.asarray(infos.counts.cross).tolist() == [40, 20, 20, 20, 40]
+
+
+def test_srba_keeps_the_solution_of_the_system_in_its_ball():
+    method = bilevel.srba(SGD, STEADY, 0.1, radius=0.05)
+    before, _, _ = states(method, -2.0, 60, **BATCHES)
+    sizes = np.linalg.norm(before.estimator.running.v[1:], axis=1)
+    assert sizes.max() <= 0.05 * (1 + 1e-12)
+    assert sizes[-1] > 0.0499
+
+
+# --- On a problem of two thousand rows, with one common setting --------------------------------------------
+
+N, D = 2000, 10
+
+
+@functools.cache
+def large() -> Ridge:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(D)
+
+    def rows():
+        x = rng.standard_normal((N, D))
+        return x, x @ w + 10.0 * rng.standard_normal(N)
+
+    return Ridge(*rows(), *rows())
+
+
+@functools.cache
+def best():
+    grid = np.linspace(-8, 2, 2001)
+    values = [large().value(u) for u in grid]
+    place = int(np.argmin(values))
+    assert 0 < place < 2000
+    return values[place]
+
+
+PRESETS = {
+    "soba": bilevel.soba, "ma_soba": bilevel.ma_soba, "saba": bilevel.saba, "srba": bilevel.srba,
+    "stocbio": bilevel.stocbio, "amigo": bilevel.amigo, "ttsa": bilevel.ttsa, "f2sa": bilevel.f2sa,
+    "bome": bilevel.bome,
+}  # fmt: skip
+FIRST_ORDER = ("f2sa", "bome")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_with_one_common_setting_each_closes_the_gap(name):
+    system = {} if name in FIRST_ORDER else {"linear_step": 0.05}
+    method = PRESETS[name](inner=optax.sgd(0.05), outer=optax.sgd(0.5), **system)
+    train, valid = (bilevel.minibatches(part, 64, fixed=True) for part in (large().train, large().valid))
+    state = method.init(RIDGE, jnp.zeros(D), jnp.float64(2.0), train, valid, key=KEY)
+
+    def body(_, state):
+        return method.step(RIDGE, state, train, valid)[0]
+
+    last = jax.jit(lambda state: jax.lax.fori_loop(0, 4000, body, state))(state)
+    gap = large().value(float(last.hparams)) - best()
+    assert gap <= 0.01 * (large().value(2.0) - best())
+    assert int(last.rejected) == 0
+
+
+# --- Those that no row of the table fits -------------------------------------------------------------------
+
+
+def test_a_randomized_series_is_right_in_the_mean():
+    method, series = bilevel.ttsa(SGD, SGD, 0.3, terms=4), R.neumann(0.0, 4, 0.3)
+    fn = bilevel.hypergradient(RIDGE, method.estimator)
+    at = jnp.asarray(R.solution(0.0)), jnp.asarray(0.0), R.train, R.valid
+    keys = jax.random.split(KEY, 400)
+    grads = np.asarray(jax.jit(jax.vmap(lambda key: fn(*at, key=key).grad))(keys))
+    terms = np.diff([R.neumann(0.0, k, 0.3) if k else 0.0 for k in range(5)])
+    assert len(np.unique(grads.round(9))) == 4
+    np.testing.assert_allclose(np.unique(grads.round(9)), np.unique((4 * terms).round(9)), rtol=1e-7)
+    assert abs(grads.mean() - series) <= 4 * grads.std() / 20
+
+
+def test_bome_comes_closer_with_smaller_steps():
+    """Where its barrier is stiffer than the inner step allows it cycles: an error of the order of the step."""
+    ends = []
+    for rate in (0.2, 0.05, 0.0125):
+        method = bilevel.bome(
+            optax.sgd(rate), optax.chain(optax.clip(0.05), optax.sgd(rate)), inner_steps=100
+        )
+        _, last, _ = states(method, RIDGE_LOG_L2 + 0.3, int(300 / rate), R.train, R.valid)
+        ends.append(R.value(float(last.hparams)) - R.value(RIDGE_LOG_L2))
+    assert ends[0] > 1.5 * ends[1] > 1.5**2 * ends[2] > 0
+    assert ends[2] < 2e-3
+
+
+def test_bome_stays_with_the_outer_loss_where_the_constraint_is_flat():
+    method = bilevel.bome(optax.sgd(0.1), optax.sgd(0.1))
+    state = method.init(RIDGE, jnp.asarray(R.solution(0.0)), jnp.asarray(0.0), R.train, R.valid, key=KEY)
+    after, info = method.step(RIDGE, state, R.train, R.valid)
+    expected = R.solution(0.0) - 0.1 * R.outer_grad(R.solution(0.0))
+    np.testing.assert_allclose(after.params, expected, rtol=1e-9)
+    assert float(after.hparams) == pytest.approx(0.0, abs=1e-9)
+    np.testing.assert_allclose(info.value, R.value_at(np.asarray(after.params)), rtol=1e-12)
+
+
+def test_f2sa_with_a_growing_multiplier_ends_at_the_solution():
+    method = bilevel.f2sa(optax.sgd(0.5), STEADY, lambda k: 10.0 * 1.01**k, inner_steps=100)
+    _, last, _ = states(method, RIDGE_LOG_L2 + 0.5, 1200, R.train, R.valid)
+    assert abs(float(last.hparams) - RIDGE_LOG_L2) < 1e-4
+    fixed = bilevel.f2sa(optax.sgd(0.5), STEADY, 10.0, inner_steps=100)
+    _, last, _ = states(fixed, RIDGE_LOG_L2 + 0.5, 1200, R.train, R.valid)
+    assert abs(float(last.hparams) - RIDGE_LOG_L2) > 0.05
+
+
+def test_slip_warms_up_and_then_takes_steps_of_one_length():
+    outer = bilevel.normalized_momentum(0.03, 0.9)
+    method = bilevel.slip(optax.sgd(0.1), outer, 0.1, terms=20, warm_start=50)
+    before, _, infos = states(method, RIDGE_LOG_L2 + 1, 300, **BATCHES)
+    u = np.asarray(before.free)
+    assert u[1] == u[0]
+    np.testing.assert_allclose(np.abs(np.diff(u[1:])), 0.03, rtol=1e-12)
+    assert np.asarray(infos.counts.inner_grad[:3]).tolist() == [510, 10, 10]
+    assert np.abs(u[-50:] - RIDGE_LOG_L2).max() < 1.0
+    # The solution at the first hyperparameters, to where 50 steps of batches come.
+    assert np.linalg.norm(before.params[1] - R.solution(u[0])) < 0.3 * np.linalg.norm(R.solution(u[0]))
+
+
+def test_hyperparameters_are_in_natural_units_and_move_in_free_ones():
+    natural = bilevel.Problem(
+        lambda w, l2, b: least_squares(w, b) + 0.5 * l2 * w @ w, ridge_valid, constraints=bilevel.positive()
+    )
+    for name in ("soba", "saba", "srba", "bome"):
+        system = () if name == "bome" else (0.1,)
+        method = getattr(bilevel, name)(SGD, optax.sgd(0.3), *system)
+        free, _, _ = states(method, -1.0, 20, R.train, R.valid)
+        own, _, _ = states(method, np.exp(-1.0), 20, R.train, R.valid, natural)
+        np.testing.assert_allclose(own.hparams, np.exp(free.hparams), rtol=1e-9)
+
+
+# --- In the driver -----------------------------------------------------------------------------------------
+
+
+def every(names=(*PRESETS, "slip")):
+    for name in names:
+        outer = bilevel.normalized_momentum(0.01) if name == "slip" else STEADY
+        system = {} if name in FIRST_ORDER else {"linear_step": 0.1}
+        few = {"inner_steps": 2} if name in ("stocbio", "amigo", *FIRST_ORDER) else {}
+        factory = PRESETS.get(name, bilevel.slip)
+        yield pytest.param(factory(optax.sgd(0.1), outer, **system, **few), id=name)
+
+
+@pytest.mark.parametrize("method", every())
+def test_a_nan_batch_is_rejected_and_counted(method):
+    a, b = np.array(R.a), np.array(R.b)
+    a[3, 0] = np.nan
+    train = bilevel.minibatches((a, b), 4, fixed=True)
+    if getattr(method, "period", 1) is None:  # passes over all rows at its first step
+        with pytest.raises(ValueError, match="nan"):
+            bilevel.optimize(RIDGE, np.zeros(20), np.array(-1.0), (a, b), R.valid, method, 5, progress=False)
+        return
+    state = method.init(RIDGE, jnp.zeros(20), jnp.float64(-1.0), train, R.valid, key=KEY)
+    step = jax.jit(functools.partial(method.step, RIDGE))
+    rejected = 0
+    for _ in range(40):
+        before = state
+        state, info = step(before, train, R.valid)
+        if not bool(info.accepted):
+            rejected += 1
+            assert int(state.rejected) == int(before.rejected) + 1
+            np.testing.assert_array_equal(state.params, before.params)
+            np.testing.assert_array_equal(state.hparams, before.hparams)
+            kept = jax.tree.leaves(state.estimator), jax.tree.leaves(before.estimator)
+            assert all(np.array_equal(x, y) for x, y in zip(*kept, strict=True))
+        assert int(state.count) == int(before.count) + 1
+    assert 0 < rejected < 30
+    assert np.isfinite(state.params).all()
+    assert np.isfinite(state.hparams)
+
+
+@pytest.mark.parametrize("method", every(("soba", "stocbio", "ttsa", "f2sa", "bome", "slip")))
+def test_iterables_have_one_batch_for_each_inner_step(method):
+    rng = np.random.default_rng(0)
+
+    def batches(arrays):
+        while True:
+            rows = rng.permutation(len(arrays[1]))[:10]
+            yield arrays[0][rows], arrays[1][rows]
+
+    result = bilevel.optimize(
+        RIDGE, np.zeros(20), np.array(-1.0), batches((R.a, R.b)), batches((R.v, R.c)), method, 6,
+        progress=False,
+    )  # fmt: skip
+    assert result.status == Status.BUDGET
+    assert np.isfinite(result.history["value"]).all()
+
+
+@pytest.mark.parametrize("name", ["saba", "srba"])
+def test_a_run_resumes_bit_for_bit(name, tmp_path):
+    method = getattr(bilevel, name)(SGD, STEADY, 0.1)
+
+    def run(steps, folder):
+        return bilevel.optimize(
+            RIDGE, np.zeros(20), np.array(-1.0), *BATCHES.values(), method, steps, progress=False,
+            checkpoint=bilevel.checkpoints(tmp_path / folder, every=5),
+        )  # fmt: skip
+
+    run(7, "parts")
+    resumed, whole = run(12, "parts"), run(12, "whole")
+    np.testing.assert_array_equal(resumed.params, whole.params)
+    np.testing.assert_array_equal(resumed.history["value"], whole.history["value"])
+
+
+def test_a_population_of_srba_runs_as_its_members_would_alone():
+    starts = np.array([-3.0, -1.0])
+    method = bilevel.srba(SGD, STEADY, 0.1, period=3)
+    keys = jax.random.split(KEY, 2)
+
+    def begun(start, key):
+        return method.init(RIDGE, jnp.zeros(20), start, *BATCHES.values(), key=key)
+
+    together = jax.vmap(begun)(jnp.asarray(starts), keys)
+    step = jax.jit(jax.vmap(lambda s: method.step(RIDGE, s, *BATCHES.values())[0]))
+    for _ in range(7):
+        together = step(together)
+    for i, start in enumerate(starts):
+        state = begun(jnp.asarray(start), keys[i])
+        for _ in range(7):
+            state, _ = method.step(RIDGE, state, *BATCHES.values())
+        np.testing.assert_allclose(together.params[i], state.params, rtol=1e-11)
+        np.testing.assert_allclose(together.hparams[i], state.hparams, rtol=1e-11)
+
+
+def test_a_first_step_has_an_indirect_term():
+    """Else a run with a tolerance would take its first gradient, of zero, for its last."""
+    for name in ("soba", "saba", "srba"):
+        result = bilevel.optimize(
+            RIDGE, np.zeros(20), np.array(-1.0), R.train, R.valid,
+            getattr(bilevel, name)(optax.sgd(0.5), STEADY, 0.5), 400, tol=1e-3, progress=False,
+        )  # fmt: skip
+        assert result.status == Status.CONVERGED
+        assert result.history["grad_norm"][0] == 0 or len(result.history["value"]) > 20
+        assert len(result.history["value"]) > 20
+
+
+# --- Mistakes ----------------------------------------------------------------------------------------------
+
+
+def init(method, train=None, valid=None, problem=RIDGE, **options):
+    train = BATCHES["train"] if train is None else train
+    valid = BATCHES["valid"] if valid is None else valid
+    return method.init(problem, jnp.zeros(20), jnp.asarray(-1.0), train, valid, key=KEY, **options)
+
+
+def with_state(w, h, batch, state):
+    return ridge_train(w, h, batch), state
+
+
+STATEFUL = bilevel.Problem(with_state, lambda w, h, batch, state: ridge_valid(w, h, batch), has_state=True)
+FIXED_POINT = bilevel.FixedPoint(lambda w, h, batch: 0.5 * w, ridge_valid)
+BOX = bilevel.Problem(ridge_train, ridge_valid, constraints=bilevel.box(-8.0, 0.0))
+PLAIN = bilevel.minibatches(R.train, 10)
+
+MISTAKES = [
+    (lambda: bilevel.soba(SGD, SGD, -0.1), ValueError, "linear_step must be a positive number, got -0.1"),
+    (lambda: bilevel.soba(SGD, SGD, 0.0), ValueError, "linear_step must be a positive number"),
+    (lambda: bilevel.soba(SGD, SGD, "0.1"), TypeError, "linear_step must be a number"),
+    (lambda: bilevel.soba(0.1, SGD, 0.1), TypeError, "inner must be an optax optimiser"),
+    (lambda: bilevel.soba(SGD, 0.1, 0.1), TypeError, "outer must be an optax optimiser"),
+    (lambda: bilevel.soba(bilevel.lbfgs(), SGD, 0.1), TypeError, "inner must be an optax optimiser"),
+    (lambda: bilevel.ma_soba(SGD, SGD, 0.1, momentum=1.0), ValueError, "at least 0 and less than 1, got 1"),
+    (lambda: bilevel.ma_soba(SGD, SGD, 0.1, momentum=-0.1), ValueError, "at least 0 and less than 1"),
+    (lambda: bilevel.ma_soba(SGD, 0.1, 0.1), TypeError, "outer must be an optax optimiser"),
+    (lambda: bilevel.stocbio(SGD, SGD, 0.1, terms=0), ValueError, "terms must be at least 1"),
+    (lambda: bilevel.stocbio(SGD, SGD, 0.1, inner_steps=0), ValueError, "inner_steps must be at least 1"),
+    (lambda: bilevel.amigo(SGD, SGD, 0.1, linear_steps=0), ValueError, "linear_steps must be at least 1"),
+    (lambda: bilevel.amigo(SGD, SGD, -1.0), ValueError, "linear_step must be a positive number"),
+    (lambda: bilevel.ttsa(SGD, SGD, 0.1, terms=1.5), TypeError, "terms must be a whole number"),
+    (lambda: bilevel.f2sa(SGD, SGD, multiplier=0.0), ValueError, "multiplier must be a positive number"),
+    (lambda: bilevel.f2sa(bilevel.tuned(optax.sgd), SGD), TypeError, "inner must be an optax optimiser"),
+    (lambda: bilevel.penalty(1.0, SGD, steps=0), ValueError, "steps must be at least 1"),
+    (lambda: bilevel.penalty(1.0, 0.1), TypeError, "inner must be"),
+    (lambda: bilevel.bome(SGD, SGD, ratio=0.0), ValueError, "ratio must be a positive number"),
+    (lambda: bilevel.bome(bilevel.tuned(optax.sgd), SGD), TypeError, "inner must be an optax optimiser"),
+    (lambda: bilevel.srba(SGD, SGD, 0.1, period=0), ValueError, "period must be at least 1"),
+    (lambda: bilevel.srba(SGD, SGD, 0.1, radius=0.0), ValueError, "radius must be a positive number"),
+    (lambda: bilevel.slip(SGD, SGD, 0.1, warm_start=0), ValueError, "warm_start must be at least 1"),
+    (lambda: bilevel.sgd(0.1, steps=0), ValueError, "steps must be at least 1"),
+    (lambda: bilevel.sgd(0.1, steps=2, before=True), ValueError, "one step starts from, got steps=2"),
+    (lambda: bilevel.neumann(3, 0.1, randomized=1), TypeError, "randomized must be True or False"),
+    (lambda: init(bilevel.saba(SGD, SGD, 0.1), PLAIN), ValueError, "train: saba keeps a table .*fixed=True"),
+    (lambda: init(bilevel.saba(SGD, SGD, 0.1), valid=PLAIN), ValueError, "valid: saba keeps a table"),
+    (
+        lambda: init(bilevel.saba(SGD, SGD, 0.1), bilevel.with_rng(BATCHES["train"])),
+        ValueError, "the same at each visit",
+    ),
+    (
+        lambda: init(bilevel.srba(SGD, SGD, 0.1), bilevel.stacked((R.a[None], R.b[None]))),
+        ValueError, "train: srba passes over all examples",
+    ),
+    (
+        lambda: bilevel.optimize(
+            RIDGE, np.zeros(20), np.array(-1.0), iter([R.train] * 9), R.valid, bilevel.saba(SGD, SGD, 0.1), 3
+        ),
+        ValueError, "saba keeps a table .* batches of an iterable come once",
+    ),
+    (lambda: init(bilevel.saba(SGD, SGD, 0.1), problem=STATEFUL, model_state=0.0), ValueError, "model state"),
+    (lambda: init(bilevel.srba(SGD, SGD, 0.1), problem=FIXED_POINT), TypeError, "srba minimises an inner"),
+    (lambda: init(bilevel.bome(SGD, SGD), problem=FIXED_POINT), (TypeError, ValueError), "FixedPoint"),
+    (lambda: init(bilevel.f2sa(SGD, SGD), problem=FIXED_POINT), (TypeError, ValueError), "FixedPoint"),
+    (
+        lambda: init(bilevel.slip(SGD, bilevel.normalized_momentum(0.1), 0.1), problem=BOX),
+        ValueError, "cut short the steps of slip",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), MISTAKES)
+def test_mistakes_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_values_equal_and_hash():
+    for name, factory in PRESETS.items():
+        system = {} if name in FIRST_ORDER else {"linear_step": 0.1}
+        one, other = (factory(SGD, SGD, **system) for _ in range(2))
+        assert hash(one) is not None
+        if name != "ma_soba":  # it makes an optax transformation of its own
+            assert one == other
+        assert "0.1" in repr(one) or name in FIRST_ORDER
+
+
+def test_logistic_regression_without_second_derivatives():
+    """The first-order estimator against the implicit one on a loss that is no quadratic."""
+    from problems import LOGISTIC, logistic_solution
+
+    train, valid = logistic_data()
+    h = np.full(5, -2.0)
+    w = logistic_solution(h, train)
+    exact = bilevel.hypergradient(LOGISTIC, bilevel.implicit(bilevel.dense()))(w, h, train, valid).grad
+    fn = jax.jit(bilevel.hypergradient(LOGISTIC, bilevel.penalty(1e4, bilevel.newton())))
+    grad = fn(w, h, train, valid).grad
+    np.testing.assert_allclose(grad, exact, rtol=2e-3, atol=2e-4 * np.abs(exact).max())
