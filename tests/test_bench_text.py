@@ -1,5 +1,6 @@
 """Tasks on text: what a window is, that splits share nothing, the noise, and what the study reports."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -157,12 +158,14 @@ def test_heads_of_new_tasks_are_fitted_exactly():
 
 
 def test_new_tasks_are_not_those_learned_from():
-    task = small("representation")
-    pairs = {
-        tuple(np.unique(np.asarray(task.train["label"])[task.train["task"] == t])) for t in range(text.TASKS)
-    }
-    assert pairs == {(0, 1, 2)}
-    assert task.train["text"].shape == (text.TASKS * text.WAYS * 16, prose.LENGTH)
+    task, train = small("representation"), text.windows(text.SIX, SMALL["representation"], 0)[0]
+    subject = {row.tobytes(): label for row, label in zip(train.text, train.label.tolist(), strict=True)}
+    number, rows = np.asarray(task.train["task"]), np.asarray(task.train["text"])
+    known = {frozenset(subject[row.tobytes()] for row in rows[number == t]) for t in range(text.TASKS)}
+    new = {frozenset(train.label[rows].tolist()) for rows in np.asarray(task.test["tasks"]["train"])}
+    assert len(known) == text.TASKS
+    assert len(known | new) == 20  # all triples of six
+    assert {len(triple) for triple in known | new} == {text.WAYS}
 
 
 # --- The study ---
@@ -200,7 +203,7 @@ GRIDS = {"none": (0.0,), "length": (0.01, 0.1), "rate": (0.01, 0.1)}
 @pytest.fixture(scope="module")
 def rows():
     kind = study.Kind(toy, optax.sgd, (0.1, 0.5), GRIDS, linear_step=0.5, batches=300)
-    kinds = {"one": kind, "two": study.dataclasses.replace(kind, rates_of="one")}
+    kinds = {"one": kind, "two": dataclasses.replace(kind, rates_of="one")}
     arms = {name: study.ARMS[name] for name in ("fixed", "bo_rep")}
     return study.study(kinds, arms, seeds=(0, 1))
 
@@ -242,9 +245,7 @@ def test_a_figure_is_drawn(rows, tmp_path):
 
 
 def test_rows_survive_the_file(rows, tmp_path):
-    lost = study.dataclasses.replace(
-        rows[0], curve=(study.Point(0, 0.0, math.nan, math.inf, 0.0), *rows[0].curve)
-    )
+    lost = dataclasses.replace(rows[0], curve=(study.Point(0, 0.0, math.nan, math.inf, 0.0), *rows[0].curve))
     study.save([*rows, lost], tmp_path / "runs.jsonl")
     *same, last = study.load(tmp_path / "runs.jsonl")
     assert same == rows

@@ -130,7 +130,9 @@ def _raw(module: str) -> Iterator[str]:
 
 def encode(text: str) -> np.ndarray:
     """Places in the alphabet, int32."""
-    return np.array([ALPHABET.index(c) for c in text], np.int32)
+    places = np.zeros(128, np.int32)
+    places[np.frombuffer(ALPHABET.encode(), np.uint8)] = np.arange(len(ALPHABET))
+    return places[np.frombuffer(text.encode(), np.uint8)]
 
 
 @functools.cache
