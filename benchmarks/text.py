@@ -140,9 +140,9 @@ KINDS = {
     "representation": Kind(
         text.representation,
         optax.sgd,
-        (0.5, 2.0),
-        {"none": (0.0,), "length": (0.1, 0.3, 1.0), "rate": (2.0, 10.0, 50.0)},
-        linear_step=1.0,
+        (1.0, 4.0),
+        {"none": (0.0,), "length": (0.03, 0.1, 0.3), "rate": (0.4, 2.0, 10.0)},
+        linear_step=4.0,
         batches=2500,
     ),
     "cleaning 0.3": CLEANING,

@@ -72,7 +72,7 @@ def show(rows: Sequence) -> None:
         print(
             f"\n  {kind}: at {limits['examples']:.0f} examples | at {limits['seconds']:.2f} s; test splits,"
         )
-        print("  median (quartiles) over seeds")
+        print("  median (quartiles) over seeds; < and > mark rates at the ends of their grid")
         lines, medians = [], {}
         for arm, runs in arms.items():
             seconds = step_seconds(rows, kind, arm)
@@ -81,7 +81,7 @@ def show(rows: Sequence) -> None:
                 low, middle, high = at(runs, field, budget, seconds, limits[budget])[:, 0]
                 medians[arm, budget, field] = middle
                 cells.append(f"{middle:.3f} ({low:.3f} {high:.3f})")
-            rates = f"{runs[0].inner_rate:g} {runs[0].outer_rate:g}"
+            rates = f"{runs[0].inner_rate:g} {runs[0].outer_rate:g}{edge(rows, runs[0])}"
             steps = int(np.median([row.curve[-1].steps for row in runs]))
             lines.append((arm, rates, steps, f"{1e3 * seconds:.1f}", sum(r.rejected for r in runs), *cells))
         header = (
@@ -94,6 +94,14 @@ def show(rows: Sequence) -> None:
             print(f"  fixed where its validation loss was lowest: loss {next(ends)}, accuracy {next(ends)}")
         for budget, field in ((b, f) for b in BUDGETS for f in FIELDS):
             print(f"  by {field} at equal {budget}: {', '.join(ranking(medians, budget, field))}")
+
+
+def edge(rows: Sequence, run) -> str:
+    """A mark where the outer rate that was taken is the lowest or the highest of its grid."""
+    grid = [row.outer_rate for row in rows if (row.kind, row.arm, row.tuning) == (run.kind, run.arm, True)]
+    if len(set(grid)) < 2 or min(grid) < run.outer_rate < max(grid):
+        return ""
+    return "<" if run.outer_rate == min(grid) else ">"
 
 
 def ranking(medians: dict, budget: str, field: str) -> list[str]:

@@ -269,4 +269,6 @@ def test_a_run_without_a_number_is_not_chosen():
         curve = (study.Point(1, 1.0, valid, 0.0, 0.0),)
         return study.Row("k", "a", 0, rate, rate, True, curve, 1.0, 0.0, 0, (0.0,) * 4)
 
-    assert study.tuned([row(1.0, math.nan), row(2.0, 3.0), row(3.0, 2.0)], "k", "a").inner_rate == 3.0
+    grid = [row(1.0, math.nan), row(2.0, 3.0), row(3.0, 2.0)]
+    assert study.tuned(grid, "k", "a").inner_rate == 3.0
+    assert [report.edge(grid, run) for run in grid] == ["<", "", ">"]
