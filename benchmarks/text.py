@@ -124,7 +124,7 @@ CLEANING = Kind(
     functools.partial(text.cleaning, noise=0.3),
     optax.adam,
     (5e-3, 2e-2),
-    {"none": (0.0,), "length": (0.3, 1.0, 3.0), "rate": (30.0, 300.0, 3000.0)},
+    {"none": (0.0,), "length": (1.0, 3.0, 10.0), "rate": (3.0, 30.0, 300.0)},
     linear_step=0.1,
     batches=1500,
 )

@@ -49,7 +49,7 @@ def test_prose_is_plain_and_not_code(paragraph, expected):
 def test_every_subject_has_text_in_the_alphabet():
     found = prose.texts()
     assert set("".join(found.values())) <= set(prose.ALPHABET)
-    for modules in prose.SUBJECTS.values():
+    for modules in (*prose.SUBJECTS.values(), *prose.KINDS.values()):
         assert sum(len(prose.blocks(module)[0]) for module in modules) * prose.BLOCK >= 1000
 
 
@@ -95,7 +95,7 @@ def test_noise_has_its_rate_and_never_keeps_a_label(noise):
 
 
 def test_wrong_labels_are_drawn_once_and_only_for_training():
-    task, parts = small("cleaning"), text.windows(text.FOUR, SMALL["cleaning"], 0)
+    task, parts = small("cleaning"), text.windows(prose.KINDS, SMALL["cleaning"], 0)
     assert np.array_equal(task.train["label"] != parts[0].label, task.wrong)
     assert 0.1 < task.wrong.mean() < 0.5
     assert np.array_equal(task.valid["label"], parts[1].label)

@@ -1,4 +1,4 @@
-"""Real English without a download: docstrings, comments and manual pages of Python's own standard library.
+"""Real text without a download: docstrings, comments, manual pages and code of Python's own standard library.
 
 A text is the prose of one module: paragraphs of its docstrings and comments, in lower case, digits as 0 and
 rare symbols as ?, without code, and each paragraph once in all. It is cut into windows that do not overlap,
@@ -13,6 +13,7 @@ import ast
 import functools
 import re
 import sysconfig
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,16 @@ SUBJECTS = {
     "imports": ("importlib", "pkgutil", "zipimport", "modulefinder", "runpy", "venv", "site", "sysconfig"),
     "tools": ("difflib", "pickle", "pickletools", "platform", "pydoc", "dis", "ast", "tokenize", "codecs"),
 }  # fmt: skip
+
+
+# Kinds of text, far easier to tell apart than subjects: prose, the manual, names of characters, and code.
+CODE, NAMES = "code of ", "names of characters"
+KINDS = {
+    "prose": SUBJECTS["concurrency"],
+    "manual": (MANUAL,),
+    "names": (NAMES,),
+    "code": tuple(CODE + module for module in ("asyncio", "email", "tarfile", "argparse", "inspect")),
+}
 
 
 class Windows(NamedTuple):
@@ -87,10 +98,24 @@ def split(text: str) -> list[str]:
     return re.split(r"\n\s*\n", text)
 
 
+def in_alphabet(text: str) -> str:
+    return _STRANGE.sub("?", re.sub(r"\d", "0", " ".join(text.lower().split())))
+
+
+def code(source: str) -> str:
+    """A program without its comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(
+            node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        ) and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    return in_alphabet(ast.unparse(tree))
+
+
 def plain(paragraph: str) -> str:
     """In the alphabet; empty where it is no prose: short, or code, tables and rules."""
-    text = re.sub(r"\d", "0", " ".join(paragraph.lower().split()))
-    text = _STRANGE.sub("?", text)
+    text = in_alphabet(paragraph)
     letters = len(_LETTERS.sub("", text))
     prose = text.count(" ") >= 5 and letters >= 0.85 * len(text) and ">>>" not in paragraph
     return text if prose else ""
@@ -101,9 +126,15 @@ _STRANGE, _LETTERS = re.compile(f"[^{re.escape(ALPHABET)}]"), re.compile("[^a-z 
 
 @functools.cache
 def texts() -> Mapping[str, str]:
-    """The prose of each module of ``SUBJECTS``; no paragraph twice."""
+    """The prose of each module of ``SUBJECTS``, no paragraph twice, and what else ``KINDS`` names."""
     found, seen = {}, set()
-    for module in (module for modules in SUBJECTS.values() for module in modules):
+    for module in dict.fromkeys(m for modules in (*SUBJECTS.values(), *KINDS.values()) for m in modules):
+        if module.startswith(CODE):
+            found[module] = " ".join(code(path.read_text("utf-8")) for path in files(module[len(CODE) :]))
+            continue
+        if module == NAMES:
+            found[module] = in_alphabet(" ".join(unicodedata.name(chr(i), "") for i in range(0x20, 0x3000)))
+            continue
         kept = []
         for paragraph in map(plain, _raw(module)):
             if paragraph and paragraph not in seen:

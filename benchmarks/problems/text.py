@@ -1,7 +1,8 @@
 """The three kinds of task that BO-REP was introduced with, on real prose and with a small recurrent network.
 
 Hao, Gong and Liu (2024, arXiv:2401.09587) tune recurrent networks on reviews and tweets; here windows of 48
-characters from `benchmarks.problems.prose` are classified by subject. The encoder is a gated recurrent unit
+characters from `benchmarks.problems.prose` are classified by subject, of cleaning by the kind of text: where
+subjects can hardly be told apart, nor can wrong labels. The encoder is a gated recurrent unit
 of 16 units whose states are averaged over the window, ``f(w, text)``; a head makes logits of it::
 
     penalty         inner = mean ce + 1/2 sum_m exp(t_m) |w_m|^2     over encoder and head; hyperparameters
@@ -163,9 +164,10 @@ def rows(windows: prose.Windows) -> dict:
     return {"text": jnp.asarray(windows.text), "label": jnp.asarray(windows.label)}
 
 
-def windows(subjects, sizes, seed: int) -> list[prose.Windows]:
-    """Of each subject so many windows in each split."""
-    return prose.splits([prose.SUBJECTS[s] for s in subjects], sizes, np.random.default_rng(seed))
+def windows(classes, sizes, seed: int) -> list[prose.Windows]:
+    """Of each subject, or kind of text, so many windows in each split."""
+    known = prose.SUBJECTS | prose.KINDS
+    return prose.splits([known[name] for name in classes], sizes, np.random.default_rng(seed))
 
 
 def begun(problem, hparams, train, seed: int, steps: int):
@@ -204,7 +206,7 @@ def flipped(labels: np.ndarray, noise: float, classes: int, rng: np.random.Gener
 
 def cleaning(seed: int, noise: float = 0.3, sizes=(400, 400, 400), steps: int = BEGUN) -> TextTask:
     """All weights begin at 1/2; the seed draws the splits, the start and the wrong labels."""
-    parts = windows(FOUR, sizes, seed)
+    parts = windows(prose.KINDS, sizes, seed)
     train, valid, test = map(rows, parts)
     labels = flipped(parts[0].label, noise, len(FOUR), np.random.default_rng((seed, 1)))
     train = train | {"label": jnp.asarray(labels), "i": jnp.arange(len(labels))}
