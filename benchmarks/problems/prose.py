@@ -63,6 +63,9 @@ class Windows(NamedTuple):
     place: np.ndarray
 
 
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 # --- Prose ------------------------------------------------------------------------------------------------
 
 
@@ -78,7 +81,7 @@ def paragraphs(source: str) -> Iterator[str]:
     stack: list[ast.AST] = [ast.parse(source)]
     while stack:
         node = stack.pop()
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, _DOCUMENTED):
             yield from split(ast.get_docstring(node) or "")
         for field in ("body", "orelse", "handlers", "finalbody"):
             below = getattr(node, field, ())
@@ -106,9 +109,7 @@ def code(source: str) -> str:
     """A program without its comments and docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(
-            node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        ) and ast.get_docstring(node):
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node):
             node.body[0] = ast.Pass()
     return in_alphabet(ast.unparse(tree))
 
