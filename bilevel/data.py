@@ -450,14 +450,17 @@ def draw(source: Source, key, position, steps: int, count=0, own: Any = True) ->
     they disturb neither this epoch nor the next, and are independent of each other, as the factors of a
     product have to be. In a step that takes no batches (``own`` is False) all of a sampled source are fresh.
     """
-    aside = jax.random.fold_in(jax.random.fold_in(key, _FRESH), count)
     if source.restarts:
+        aside = jax.random.fold_in(jax.random.fold_in(key, _FRESH), count)
         return Draw(lambda j: source.batch(aside, _own(j, steps)), steps, source.sampled)
     if not source.sampled:
         return Draw(lambda j: source.batch(key, position + _own(j, steps)), steps, False)
 
-    # Random bits are dear in a loop; these make a hash of j that depends on the outer step.
-    salt = jax.random.bits(aside, (), jnp.uint32)
+    # Where a fresh batch lies is a hash of key, count and j: random bits are dear in a loop, and the rows
+    # that are found there are shuffled by them anyway.
+    salt = _mix(jnp.asarray(count).astype(jnp.uint32))
+    for word in jax.random.key_data(key):
+        salt = _mix(salt ^ word)
 
     def batch(j):
         j = jnp.asarray(j, jnp.int32)

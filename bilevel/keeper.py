@@ -7,6 +7,7 @@ import dataclasses
 import json
 import time
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -28,16 +29,21 @@ class Keeper:
 
     Args:
       spec: where, and how often.
-      same: what makes it this run and no other, see `identity`.
+      name: what makes it this run and no other, see `identity`; called once.
       feeds: the iterables that the run draws from.
       placement: the mesh, or None.
     """
 
     def __init__(
-        self, spec: Checkpoints, same: dict[str, str], feeds: list[Feed], placement: Placement | None
+        self,
+        spec: Checkpoints,
+        name: Callable[[], dict[str, str]],
+        feeds: list[Feed],
+        placement: Placement | None,
     ):
         self.every, self.path, self.kept = spec.every, spec.path, -1
-        self._same, self._feeds, self._placement = same, feeds, placement
+        self._name, self._feeds, self._placement = name, feeds, placement
+        self._same: dict[str, str] | None = None
         self._spans = placement is not None and placement.spans_hosts
         self._folder = Folder(spec)
         self._open = False
@@ -62,6 +68,12 @@ class Keeper:
     def _writes(self) -> bool:
         return hosts.first() or not self._spans
 
+    def name_run(self) -> dict[str, str]:
+        """What makes it this run and no other; a run that begins asks for it while a chunk is computed."""
+        if self._same is None:
+            self._same = self._name()
+        return self._same
+
     def stored(self) -> tuple[dict, dict] | None:
         """The trees and the metadata of the newest checkpoint; None where there is none.
 
@@ -76,13 +88,15 @@ class Keeper:
                 content, where = newest[0], str(newest[1])
         if self._spans:
             content = hosts.share(content)
+        if self._spans or self._feeds:
+            self.name_run()  # together, and before an iterable can change what it has given
         if content is None:
             return None
         trees, meta = archive.read(content)
         if meta.get("kind") != "checkpoint":
             raise ValueError(f"checkpoint: {where} holds a {meta.get('kind')}, not a checkpoint.")
         stored = {**meta["same"], "versions": meta["versions"]}
-        check_same_run(stored, {**self._same, "versions": versions()}, where)
+        check_same_run(stored, {**self.name_run(), "versions": versions()}, where)
         return trees, meta
 
     def save(self, run) -> str | None:
@@ -109,7 +123,7 @@ class Keeper:
             "tol": run.settings.tol,
             "seconds": time.perf_counter() - run.began,
             "positions": every,
-            "same": self._same,
+            "same": self.name_run(),
             "versions": versions(),
         }
         if self._writes:
@@ -119,7 +133,9 @@ class Keeper:
 
     def _leaves(self, member: loop.Member) -> list:
         """On the host of the process that writes; others have a part in bringing them, and keep nothing."""
-        leaves = (hosts.fetch(leaf, here=self._writes) for leaf in jax.tree.leaves(member))
+        leaves: Iterable = jax.tree.leaves(member)
+        if self._spans:
+            leaves = (hosts.fetch(leaf, here=self._writes) for leaf in leaves)
         return [_own(leaf) for leaf in leaves if self._writes]
 
     def written(self) -> str | None:
@@ -214,8 +230,7 @@ def _is_key(leaf) -> bool:
 def _own(leaf):
     """A copy on the host: the next chunk takes over the memory of the run's arrays."""
     if _is_key(leaf):
-        data: Any = np.array(jax.random.key_data(leaf))
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return archive.host_key(leaf)
     return np.array(leaf)
 
 
@@ -232,15 +247,9 @@ def identity(plan: loop.Plan, arguments: tuple, test, population: Population | N
       test: third source, or None.
       population: of the run, or None.
     """
-    bare = dataclasses.replace(plan, layout=None, axis=None)
     params, hparams, key, *sources, model_state = arguments
     train, valid, test = (_unplaced(source) for source in (*sources, test))
     shapes = jax.tree.map(_shape, (params, hparams, key, train, valid, model_state, test))
-    try:
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            traced = _traced(bare, shapes)
-    except Exception:  # losses that name axes of a mesh run on one only
-        traced = _traced(bare, shapes)
     trees = {
         "params": params, "hparams": hparams, "key": key, "train": train, "valid": valid, "test": test,
         "model_state": model_state,
@@ -251,7 +260,7 @@ def identity(plan: loop.Plan, arguments: tuple, test, population: Population | N
         if isinstance(source, data.Minibatches)
     }
     return {
-        "program": "".join(map(_program, traced)),
+        "program": "".join(map(_program, _traced(plan, shapes))),
         **({} if population is None else {"population": f"{population.n} {population.halve_every}"}),
         **{name: fingerprint.arrays(tree) for name, tree in trees.items() if tree is not None},
         **sampling,
@@ -270,6 +279,18 @@ def _program(traced: Any) -> str:
 
 
 def _traced(plan: loop.Plan, shapes: tuple) -> tuple[Any, Any]:
+    """The programs of the start and of a chunk, without a mesh."""
+    if plan.layout is None and jax.sharding.get_abstract_mesh().empty:
+        return _programs_of(plan, shapes)  # those of the run itself, which is traced once
+    bare = dataclasses.replace(plan, layout=None, axis=None)
+    try:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return _programs_of(bare, shapes)
+    except Exception:  # losses that name axes of a mesh run on one only
+        return _programs_of(bare, shapes)
+
+
+def _programs_of(plan: loop.Plan, shapes: tuple) -> tuple[Any, Any]:
     """The programs of the start, with all numbers that live in the first state, and of a chunk."""
     *start, test = shapes
     begun = loop.compiled_start(plan).trace(*start)

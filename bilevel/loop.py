@@ -300,7 +300,9 @@ def _advance(plan: Plan, t, tol, sources, valid, test, member: Member):
     gap = info.grad_norm + (info.error if info.error_kind in (CERTIFIED, ESTIMATED) else 0)
     # A method that can go no further has converged where it is close enough.
     ends = due & (info.status == Status.RUNNING) | (info.status == Status.STALLED)
-    done = info.accepted & (gap <= tol) & ends
+    # Exactly zero at the very first step is no solution: params that begin at zero feel no penalty yet.
+    begun = (t > 0) | (info.grad_norm > 0) | (info.status == Status.STALLED)
+    done = info.accepted & (gap <= tol) & ends & begun
     member = dataclasses.replace(
         member,
         state=state,

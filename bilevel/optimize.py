@@ -7,6 +7,7 @@ host loop, and the steps themselves run in compiled chunks, see `bilevel.loop`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -122,8 +123,8 @@ def optimize(
         stack.enter_context(hosts.watched(settings.spans_hosts and not spans))
         keeper = stored = None
         if spec is not None:
-            same = identity(ready.plan, ready.arguments, ready.test, population)
-            keeper = stack.enter_context(Keeper(spec, same, ready.feeds, ready.placement))
+            name = functools.partial(identity, ready.plan, ready.arguments, ready.test, population)
+            keeper = stack.enter_context(Keeper(spec, name, ready.feeds, ready.placement))
             stored = keeper.stored()
         carry = ready.abstract_carry() if stored else ready.first_carry()
         run = Run(ready, carry, settings, keeper)

@@ -128,6 +128,8 @@ class Run:
             warn_where_too_large(memory)
         carry = loop.compiled(self.plan)(*arguments)
         self.pending = carry, before
+        if self.keeper is not None and (length > 1 or self.settings.callbacks):
+            self.keeper.name_run()  # while a chunk is computed, and before a callback can change the data
         with self.interrupt.waiting():
             self.watch.wait(carry.step)
         self._collect()

@@ -2,8 +2,13 @@
 
 import os
 
-# Before JAX starts its backend.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+# Before JAX starts its backend. Tests compile much and compute little: with XLA's older emitters, and with
+# programs that are not split into parts, it takes less than half the time. Processes that tests start inherit
+# this, but for those that run as a reader would. An XLA that no longer knows a flag names it: drop it then.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 import jax
 import pytest
@@ -11,12 +16,27 @@ from hypothesis import settings
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # tests compile much and compute little
+jax.config.update("jax_disable_most_optimizations", True)
 # jax_numpy_dtype_promotion="strict" stays off here: optax's Adam does not survive it (a float to the power of
 # an int32 count). The conformance tests switch it on for every estimator and method, with optax.sgd.
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=10)
 settings.load_profile("tests")
+
+# These take longest: begun first, none of them is left to one worker at the end. A file is one worker's.
+LONGEST = ("test_docs.py", "test_conformance.py", "test_hosts.py", "test_resume.py", "test_meshes.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_other_files_are_forgotten():
+    """They are not run again, and there are gigabytes of them."""
+    yield
+    jax.clear_caches()
+
 
 _COMPILED: list[str] = []
 

@@ -267,7 +267,7 @@ def full(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(os, "fsync"), (os, "replace"), (np.lib.format, "write_array")], ids=lambda x: str(x)
+    ("module", "name"), [(os, "fsync"), (os, "replace"), (archive, "_write_npy")], ids=lambda x: str(x)
 )
 def test_a_full_disk(tmp_path, monkeypatch, module, name):
     written(tmp_path, 50)

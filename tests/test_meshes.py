@@ -53,10 +53,10 @@ def run(problem, *args, **settings):
 DATA = as_numpy((ridge().train, ridge().valid))
 SPLITS = {
     "whole": lambda: DATA,
-    "strata": lambda: (bilevel.minibatches(DATA[0], 20, strata=4), DATA[1]),
+    "strata": lambda: (bilevel.minibatches(DATA[0], 20, strata=4, fixed=True), DATA[1]),
     "judged": lambda: (
-        bilevel.minibatches(DATA[0], 20, strata=4),
-        bilevel.minibatches(DATA[1], 40, strata=4),
+        bilevel.minibatches(DATA[0], 20, strata=4, fixed=True),
+        bilevel.minibatches(DATA[1], 40, strata=4, fixed=True),
     ),
 }
 # They follow the number of steps that a solver takes to a tolerance near rounding.
@@ -173,7 +173,7 @@ def test_default_strata_are_the_shards():
     assert bilevel.minibatches(put(mesh_of(2, 2), DATA[0], P("data")), 20).strata == 2
     assert bilevel.minibatches(put(mesh, DATA[0], P("data")), 20, strata=2).strata == 2
     # Placed by mesh=: the same rows are drawn as with one block for each device.
-    train = bilevel.minibatches(DATA[0], 20)
+    train = bilevel.minibatches(DATA[0], 20, fixed=True)
     assert_same(
         run(RIDGE, np.zeros(20), np.float64(-1.0), train, DATA[1], CG, mesh=mesh), alone(CG, "strata")
     )

@@ -570,6 +570,35 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
             same(run({}, tmp_path), expected)
 
 
+def test_checkpoints_trace_nothing_more(tmp_path):
+    """The name of a run is read from the programs that it runs."""
+    traced = []
+
+    def run_of_its_own(**settings):
+        def counted(w, h, batch):
+            traced.append(1)
+            return inner(w, h, batch)
+
+        traced.clear()
+        run({"problem": dataclasses.replace(PROBLEM, inner=counted)}, **settings)
+        return len(traced)
+
+    assert run_of_its_own(path=tmp_path) == run_of_its_own() > 0
+
+
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_a_callback_that_overwrites_what_was_given_renames_no_run(tmp_path, steps):
+    """A run is named after what it began with, although that is done while it runs."""
+    state = {"mean": np.zeros(3), "steps": np.int32(0)}
+
+    def overwrite(step, rows):
+        state["mean"][:] = step
+
+    run(CASES["model_state"] | {"model_state": state}, tmp_path, steps, every=100, callbacks=overwrite)
+    assert state["mean"].all()
+    run(CASES["model_state"], tmp_path, steps, every=100)
+
+
 # --- Another run -----------------------------------------------------------------------------------------
 
 

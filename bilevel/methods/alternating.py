@@ -239,12 +239,14 @@ class Alternating:
         )
         nonfinite, finite = _nonfinite(proposed, estimate, grad)
         accepted = nonfinite == 0
-        kept = jax.lax.cond(accepted, lambda: proposed, lambda: state)
+        # Not the whole state: what stays as it is, the key above all, is a constant of a compiled loop.
+        kept = jax.lax.cond(accepted, lambda: _moving(proposed), lambda: _moving(state))
         rejected = jnp.where(accepted, 0, state.rejected + 1)
         # A step that nothing new enters would only repeat itself.
         allowed = _REJECTIONS if renewed else 1
         new_state = dataclasses.replace(
-            kept,
+            state,
+            **kept,
             count=state.count + 1,
             position=state.position + taken,
             rejected=rejected,
@@ -322,6 +324,11 @@ class Alternating:
         if self.period == 1:
             return solve()
         return jax.lax.cond(moves, solve, lambda: (state.point, state.inner, jnp.float32(0)))
+
+
+def _moving(state: AlternatingState) -> dict:
+    """The parts of a state that a step moves, or leaves where it is rejected."""
+    return {name: getattr(state, name) for name in ("point", "free", "estimator", "inner", "outer")}
 
 
 def error_in_free_units(estimate, constraints: BoundConstraints, free):

@@ -28,7 +28,7 @@ from bilevel import data, validation
 from bilevel.estimators.implicit import implicit
 from bilevel.inner_solvers import along
 from bilevel.lift import examples
-from bilevel.linear_solvers import SGD, SGDState, axpy, norm, sgd, vdot
+from bilevel.linear_solvers import SGD, SGDState, axpy, norm, sgd
 from bilevel.methods.alternating import Alternating, AlternatingState, alternating
 from bilevel.methods.inexact import refuse_unfit
 from bilevel.problem import RESIDUAL, Counts, Estimate, HParams, Params, SolveInfo, inner_value, outer_value
@@ -121,7 +121,8 @@ def moved(method: Alternating, state, running: SGDState, parts: Parts, value, me
         point=state.point,
         error=norm(left) / jnp.where(size == 0, 1, size),
         counts=counts,
-        solve=SolveInfo(norm(left), jnp.int32(1), jnp.int32(1), vdot(running.v, product) < 0),
+        # Of a corrected product the sign says nothing about H.
+        solve=SolveInfo(norm(left), jnp.int32(1), jnp.int32(1), jnp.bool_(False)),
         metrics=metrics,
         error_kind=RESIDUAL,
     )
