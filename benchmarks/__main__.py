@@ -25,7 +25,7 @@ NAMES = (
 # Minutes each; run by name only.
 LONG = (
     "default_method", "kills", "certificates", "robustness", "accuracies", "denoising", "multinomial",
-    "experts_cost", "online_cost", "complexity", "single_loop",
+    "experts_cost", "online_cost", "complexity", "single_loop", "text",
 )  # fmt: skip
 
 
