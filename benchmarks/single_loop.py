@@ -16,7 +16,7 @@ import optax
 import bilevel
 from benchmarks.measure import interleaved, ratio, table, verdict
 
-ROWS, FEATURES, BATCH, STEPS, REPEATS = 2000, 100, 64, 10_000, 3
+ROWS, FEATURES, BATCH, STEPS, REPEATS = 2000, 100, 64, 10_000, 7
 RATE, TERMS, INNER_STEPS = 0.1, 10, 10
 ASKED = 1.1
 

@@ -3,14 +3,15 @@
 import importlib.metadata
 import os
 
-# Before JAX starts its backend. Tests compile much and compute little: with the older emitters of XLA that
-# JAX 0.10 has, and with programs that are not split into parts, it takes less than half the time. (A later XLA
-# does not know the first of these flags, and stops where it meets it.) Processes that tests start inherit
-# this, but for those that run as a reader would.
-_FLAGS = " --xla_force_host_platform_device_count=4"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    _FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _FLAGS
+# Before JAX starts its backend. Tests compile much and compute little: with the older emitters of the XLA of
+# JAX 0.10 has, and with programs that are not split into parts, it takes less than half the time. (A later
+# XLA does not know these flags, and stops where it meets one.) Processes that tests start inherit them, but
+# for those that run as a reader would.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * importlib.metadata.version("jaxlib").startswith("0.10.")
+)
 
 import jax
 import pytest
