@@ -38,7 +38,7 @@ def start(jobs: str, where: Path, processes=1, devices=1, **settings) -> list[su
     ]
 
 
-def finish(workers: list[subprocess.Popen], seconds=200) -> list[str]:
+def finish(workers: list[subprocess.Popen], seconds=400) -> list[str]:
     """What each process printed; all have to end well."""
     until = time.monotonic() + seconds
     try:

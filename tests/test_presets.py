@@ -113,13 +113,16 @@ def test_the_table_of_saba_is_what_it_stands_for():
         np.testing.assert_allclose(mean, np.mean(table, 0), rtol=1e-11, atol=1e-13)
     # In the mean over the batches of both levels a step is that of all examples.
     state = jax.tree.map(lambda x: x[-1], before)
-    step = jax.jit(functools.partial(bilevel.saba(SGD, optax.sgd(1.0), 0.1).step, RIDGE))
-    moved = [step(dataclasses.replace(state, count=jnp.int32(c)), **BATCHES)[0] for c in range(4000, 4400)]
+    method = bilevel.saba(SGD, optax.sgd(1.0), 0.1)
+
+    def moved(count):
+        return method.step(RIDGE, dataclasses.replace(state, count=count), **BATCHES)[0].params
+
     w, u = np.asarray(state.params), float(state.hparams)
     gradient = R.hessian(u) @ w - R.a.T @ R.b / R.b.size
-    steps = np.stack([(w - np.asarray(m.params)) / 0.05 for m in moved])
+    steps = (w - np.asarray(jax.jit(jax.vmap(moved))(jnp.arange(4000, 4400, dtype=jnp.int32)))) / 0.05
     error = np.abs(steps.mean(0) - gradient)
-    assert (error <= 5 * steps.std(0) / np.sqrt(len(moved)) + 1e-12).all()
+    assert (error <= 5 * steps.std(0) / np.sqrt(len(steps)) + 1e-12).all()
     assert steps.std(0).max() > 1e-3
 
 
@@ -135,7 +138,7 @@ def test_srba_passes_over_all_examples_once_a_period():
 def test_srba_keeps_the_solution_of_the_system_in_its_ball():
     method = bilevel.srba(SGD, STEADY, 0.1, radius=0.05)
     before, _, _ = states(method, -2.0, 60, **BATCHES)
-    sizes = np.linalg.norm(before.estimator.running.v[1:], axis=1)
+    sizes = np.linalg.norm(before.estimator.running.v, axis=1)
     assert sizes.max() <= 0.05 * (1 + 1e-12)
     assert sizes[-1] > 0.0499
 
@@ -268,7 +271,7 @@ def test_hyperparameters_are_in_natural_units_and_move_in_free_ones():
     natural = bilevel.Problem(
         lambda w, l2, b: least_squares(w, b) + 0.5 * l2 * w @ w, ridge_valid, constraints=bilevel.positive()
     )
-    for name in ("soba", "saba", "srba", "bome"):
+    for name in ("srba", "bome"):
         system = () if name == "bome" else (0.1,)
         method = getattr(bilevel, name)(SGD, optax.sgd(0.3), *system)
         free, _, _ = states(method, -1.0, 20, R.train, R.valid)
@@ -358,13 +361,13 @@ def test_a_population_of_srba_runs_as_its_members_would_alone():
         return method.init(RIDGE, jnp.zeros(20), start, *BATCHES.values(), key=key)
 
     together = jax.vmap(begun)(jnp.asarray(starts), keys)
-    step = jax.jit(jax.vmap(lambda s: method.step(RIDGE, s, *BATCHES.values())[0]))
-    for _ in range(7):
-        together = step(together)
+
+    def seven(state):
+        return jax.lax.fori_loop(0, 7, lambda _, s: method.step(RIDGE, s, *BATCHES.values())[0], state)
+
+    together = jax.jit(jax.vmap(seven))(together)
     for i, start in enumerate(starts):
-        state = begun(jnp.asarray(start), keys[i])
-        for _ in range(7):
-            state, _ = method.step(RIDGE, state, *BATCHES.values())
+        state = jax.jit(seven)(begun(jnp.asarray(start), keys[i]))
         np.testing.assert_allclose(together.params[i], state.params, rtol=1e-11)
         np.testing.assert_allclose(together.hparams[i], state.hparams, rtol=1e-11)
 

@@ -86,7 +86,7 @@ class Srba:
         parts = Parts(InnerPart(w, w, h), OuterPart(w, h))
         all_valid = valid.whole(jax.random.fold_in(state.key, 1))
         slope = outer_part(problem, state.params, state.hparams, all_valid)[2].slope
-        running = first_running(self.method, state.estimator, slope)
+        running = self._bounded(first_running(self.method, state.estimator, slope))
         memory = SrbaState(running, before, jax.tree.map(jnp.zeros_like, parts), jnp.int32(0))
         return dataclasses.replace(state, estimator=memory)
 
@@ -117,15 +117,19 @@ class Srba:
         whole, twice = counted(problem, all_rows, all_valid), counted(problem, rows, valid_rows, 2)
         counts = jax.tree.map(lambda a, b: jnp.where(begins, a, b), whole, twice)
         made = moved(self.method, state, memory.running, parts, value, metrics, counts)
-        running = made.running
-        if self.radius is not None:
-            zero = jax.tree.map(jnp.zeros_like, running.v)
-            running = running._replace(v=into_ball(running.v, zero, self.radius))
+        running = self._bounded(made.running)
         age = (memory.age + 1) % (self.period or train.num_batches)
         return self.method.concluded(
             state, made.estimate, made.point, SrbaState(running, now, parts, age),
             taken=1, renewed=train.renewed or valid.renewed,
         )  # fmt: skip
+
+    def _bounded(self, running: SGDState) -> SGDState:
+        """With v projected onto its ball."""
+        if self.radius is None:
+            return running
+        zero = jax.tree.map(jnp.zeros_like, running.v)
+        return running._replace(v=into_ball(running.v, zero, self.radius))
 
 
 def _parts(problem, at: Before, rows, valid_rows):
