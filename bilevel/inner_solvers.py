@@ -81,9 +81,17 @@ def inner_step(problem, inner, point: Point, hparams: HParams, batch) -> Point:
 
 def along(optimizer: optax.GradientTransformation, point: Point, gradient, **extra) -> Point:
     """One step of an optax optimiser for a gradient that is given."""
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(
-        gradient, point.opt_state, point.params, **extra
-    )
+    try:
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
+            gradient, point.opt_state, point.params, **extra
+        )
+    except TypeError as error:
+        if extra:
+            raise
+        raise TypeError(
+            "inner must be an optax optimiser that needs gradients only: the directions of this method are "
+            f"not the gradient of one loss whose value it could be told ({error})."
+        ) from error
     return dataclasses.replace(point, params=optax.apply_updates(point.params, updates), opt_state=opt_state)
 
 

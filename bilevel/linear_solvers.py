@@ -227,7 +227,7 @@ def neumann(terms: int, step_size: float, randomized: bool = False) -> Neumann:
       terms: of the series, at least 1.
       step_size: about the inverse of the largest eigenvalue; for a mini-batch, of its Hessian.
       randomized: one of the terms, drawn at random, times their number: the same in the mean for half of the
-        products, and never exact. Not where solves have to be repeatable.
+        products, and never exact. `bilevel.hypergradient` draws another one only for another ``key``.
 
     Raises:
       TypeError, ValueError: a setting that is no number or out of range.

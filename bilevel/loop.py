@@ -302,7 +302,7 @@ def _advance(plan: Plan, t, tol, sources, valid, test, member: Member):
     ends = due & (info.status == Status.RUNNING) | (info.status == Status.STALLED)
     # Exactly zero at the very first step is no solution: params that begin at zero feel no penalty yet.
     begun = (t > 0) | (info.grad_norm > 0) | (info.status == Status.STALLED)
-    done = info.accepted & (gap <= tol) & ends & begun
+    done = info.accepted & (gap <= tol) & ends & begun & info.settled
     member = dataclasses.replace(
         member,
         state=state,

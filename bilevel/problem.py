@@ -377,6 +377,8 @@ class SolveInfo(NamedTuple):
 
 
 CERTIFIED, ESTIMATED, RESIDUAL, NONE = "certified", "estimated", "residual", "none"
+# Relative residual from which on a running solution of the linear system is taken for one.
+SETTLED = 0.5
 
 
 @register
@@ -389,7 +391,8 @@ class Estimate:
     ``error_kind``: "certified" (upper bound on ``|grad - exact|``), "estimated" (bound with estimated
     constants), "residual" (relative residual of the linear solve, measured), "none" (``inf``).
     ``value_error``: upper bound on the distance of ``value`` from F, where there is one. ``counts``: examples
-    touched. ``solve``: the linear solve. ``metrics``: of the outer loss.
+    touched. ``solve``: the linear solve. ``metrics``: of the outer loss. ``settled``: whether a small
+    ``grad`` says that the run has converged; not while a running solution is still far off.
     """
 
     value: jax.Array
@@ -400,6 +403,7 @@ class Estimate:
     solve: SolveInfo = SolveInfo()
     metrics: dict = dataclasses.field(default_factory=dict)
     value_error: Any = math.inf
+    settled: Any = True
     error_kind: str = static(default=NONE)
 
     @property
@@ -441,7 +445,8 @@ class Info:
     ``value`` is outer at the pair (``params``, ``hparams``) with ``model_state``, neither always the
     pair before the step nor the one after it. ``grad_norm`` is in free units, and so is ``error`` where it is
     a bound. ``status`` is a `Status` code, ``nonfinite`` a `NonFinite` mask; the step was rejected where it
-    is not zero. ``extra``: scalars under the names that the method calls its ``columns``.
+    is not zero. ``extra``: scalars under the names that the method calls its ``columns``. ``settled``: as in
+    `Estimate`.
     """
 
     value: jax.Array
@@ -457,6 +462,7 @@ class Info:
     hparams: HParams
     model_state: PyTree = None
     extra: dict = dataclasses.field(default_factory=dict)
+    settled: Any = True
     error_kind: str = static(default=NONE)
 
 

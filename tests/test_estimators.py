@@ -1,6 +1,7 @@
 """What each estimator computes: exact identities first, then differences of the real outer loss."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -280,12 +281,10 @@ def test_implicit_batches_are_averaged():
         # grad = -w (w - 1) / (mean Hessian)
         seen[n] = -0.5 * (0.5 - 1) / float(got.grad) - 0.25
         assert float(got.counts.hvp) == n
-    assert seen[1] == pytest.approx(min([1.0, 2.0, 4.0, 8.0], key=lambda x: abs(x - seen[1])), rel=1e-12)
-    # One epoch of fresh batches has every row once.
-    assert seen[4] == pytest.approx(15 / 4, rel=1e-12)
-    assert seen[2] != pytest.approx(seen[1], rel=1e-3)
-    sums = {(a + b) / 2 for a in (1.0, 2.0, 4.0, 8.0) for b in (1.0, 2.0, 4.0, 8.0) if a < b}
-    assert min(abs(seen[2] - s) for s in sums) <= 1e-12
+    for n, mean in seen.items():
+        means = {sum(drawn) / n for drawn in itertools.combinations_with_replacement((1.0, 2.0, 4.0, 8.0), n)}
+        assert min(abs(mean - m) for m in means) <= 1e-12
+    assert len(set(seen.values())) > 1
 
 
 @pytest.mark.parametrize("make", [bilevel.unrolled, bilevel.forward], ids=["unrolled", "forward"])

@@ -33,6 +33,7 @@ from bilevel.lift import examples
 from bilevel.linear_solvers import axpy, cg, norm
 from bilevel.problem import (
     RESIDUAL,
+    SETTLED,
     Composite,
     Counts,
     Estimate,
@@ -91,7 +92,7 @@ class Implicit:
         hv, cross = both(v)
         b_norm = norm(b)
         # A running vector is met on a batch of its own, which serves; else it is that of the cross product.
-        measured = getattr(self.solver, "measured", False)
+        measured = draw.sampled and getattr(self.solver, "measured", False)
         left = solve.residual if measured else norm(axpy(-1.0, hv, b))
         # What the solver found to be no number is none here, even where its answer hides it.
         left = jnp.where(jnp.isnan(solve.residual), jnp.nan, left)
@@ -99,11 +100,12 @@ class Implicit:
         batch = draw.last
         averaged = max(1, self.batches) if draw.sampled else 1
         train_rows, valid_rows = examples(problem, batch) * averaged, examples(problem, valid)
+        error = left / jnp.where(b_norm == 0, 1, b_norm)
         estimate = Estimate(
             value=value,
             grad=axpy(-1.0, cross, direct),
             point=point,
-            error=left / jnp.where(b_norm == 0, 1, b_norm),
+            error=error,
             counts=Counts(
                 inner_grad=jnp.float32(0),
                 outer_grad=jnp.float32(valid_rows),
@@ -112,6 +114,7 @@ class Implicit:
             ),
             solve=solve._replace(residual=left),
             metrics=metrics,
+            settled=True if self.forgets else error <= SETTLED,
             error_kind=RESIDUAL,
         )
         return _certified(estimate, certificate, problem, hparams, train_rows), state

@@ -44,6 +44,9 @@ from bilevel.problem import (
     outer_value,
 )
 
+# Fresh batches from here on are those of no solver.
+_APART = 1 << 20
+
 
 class PenaltyState(NamedTuple):
     """Where the minimiser of Eq. (1) stands, the state of its solver, and the estimates so far."""
@@ -74,6 +77,7 @@ class Penalty:
     optimizer: Any
     length: int
     trajectory = False
+    continues = True
 
     @property
     def _solves(self) -> bool:
@@ -86,18 +90,23 @@ class Penalty:
                 "penalty compares values of an inner loss, which a FixedPoint does not have; take "
                 "bilevel.implicit(bilevel.gmres())."
             )
+        if problem.start is not None:
+            raise ValueError(
+                "penalty compares params with a second copy of them that goes on from step to step, and a "
+                "problem with start= begins anew at every step."
+            )
         params = jax.tree.map(lambda x: jnp.array(x, copy=True), point.params)
         begun = start_point(None if self._solves else self.optimizer, params, None)
         solver = self.optimizer.init(_shifted(problem), begun, hparams) if self._solves else ()
         return PenaltyState(begun, solver, jnp.int32(0))
 
     def estimate(self, problem, state, point, hparams, draw, valid, key):
-        """Eq. (2); fresh batches of the draw for Eq. (1), one more for both inner terms of Eq. (2)."""
+        """Eq. (2); for Eq. (1) the batches of the inner steps, a fresh one for the inner terms of Eq. (2)."""
         multiplier = self.multiplier(state.estimates) if callable(self.multiplier) else self.multiplier
         moved, solver, taken = self._minimised(
             problem, state, hparams, draw, (valid, multiplier, point.model_state), key
         )
-        batch = draw(draw.steps + self.length)
+        batch = draw(draw.steps + _APART)
         value, metrics = outer_value(problem, point.params, hparams, valid, point.model_state)
 
         def gap(hparams):
@@ -128,8 +137,9 @@ class Penalty:
     def _minimised(self, problem, state, hparams, draw, rest, key):
         """Eq. (1): the point, the state of the solver, gradients taken."""
 
+        # Noise that both copies of params share is not in their difference.
         def batch(j):
-            return draw(draw.steps + j), *rest
+            return draw(j), *rest
 
         shifted, own = _shifted(problem), Draw(batch, self.length, draw.sampled)
         if not self._solves:
@@ -147,7 +157,8 @@ def penalty(multiplier, inner, steps: int = 1) -> Penalty:
     """First derivatives only: Eq. (1) and (2) of the module, biased by about ``1 / multiplier``.
 
     It keeps a second copy of params, the minimiser of the inner loss with a share of the outer one, from
-    estimate to estimate; outside a method it begins at params, and ``steps`` have to be enough. ``value`` is
+    estimate to estimate; outside a method it begins at params, and ``steps`` have to be enough. It takes the
+    batches that the inner steps of the method take, so that noise cancels from the difference. ``value`` is
     the outer loss at params themselves. What is unknown of its error is stated as infinite.
 
     Args:

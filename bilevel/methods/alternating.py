@@ -265,6 +265,7 @@ class Alternating:
             params=estimate.params,
             hparams=hparams,
             model_state=estimate.point.model_state,
+            settled=estimate.settled,
             error_kind=estimate.error_kind,
         )
         return new_state, info
@@ -432,6 +433,11 @@ def alternating(
     restart = validation.flag("restart", restart)
     simultaneous = validation.flag("simultaneous", simultaneous)
     _check_inner_loop(estimator, inner, inner_steps)
+    if restart and getattr(estimator, "continues", False):
+        raise ValueError(
+            "restart=True begins params anew, and the second copy of them in bilevel.penalty goes on: their "
+            "difference would mean nothing. Take another estimator."
+        )
     if getattr(estimator, "trajectory", False) and (period != 1 or simultaneous):
         raise ValueError(
             "period and simultaneous need an estimator of the implicit family; the trajectory family "

@@ -38,7 +38,7 @@ from bilevel.constraints import Box, bind
 from bilevel.control import once
 from bilevel.estimators.implicit import implicit
 from bilevel.inner_solvers import inner_step
-from bilevel.linear_solvers import cg
+from bilevel.linear_solvers import cg, where
 from bilevel.methods.alternating import Alternating, alternating
 from bilevel.methods.inexact import refuse_unfit
 from bilevel.problem import Draw, Estimator, InnerSolver, Point, PyTree, SolveInfo
@@ -126,10 +126,11 @@ class PeriodicUpdate:
 
 @dataclasses.dataclass(frozen=True)
 class BoRep:
-    """See `bo_rep`; ``name`` is that of the factory."""
+    """See `bo_rep`; ``name`` is that of the factory. ``waits``: hparams stay until params are refined."""
 
     method: Alternating
     name: str = "bo_rep"
+    waits: bool = False
     differentiated = None
 
     @property
@@ -149,7 +150,12 @@ class BoRep:
 
     def step(self, problem, state, train, valid):
         """Eq. (1) to (4); rejected as a whole where a result is not finite."""
-        return self.method.step(problem, state, train, valid)
+        after, info = self.method.step(problem, state, train, valid)
+        if self.waits:
+            stay, moved = (state.free, state.outer), (after.free, after.outer)
+            free, outer = where(state.inner.begins, stay, moved)
+            after = dataclasses.replace(after, free=free, outer=outer)
+        return after, info
 
 
 def _refuse_box(name: str, problem, hparams) -> None:

@@ -84,6 +84,7 @@ class Barrier:
             counts=Counts(jnp.float32((draw.steps + 2) * rows), jnp.float32(valid_rows), nothing, nothing),
             solve=SolveInfo(jnp.zeros_like(value), jnp.int32(0), jnp.int32(0), jnp.bool_(False)),
             metrics=metrics,
+            settled=False,
         )
         return estimate, state
 
@@ -112,6 +113,9 @@ def bome(inner, outer, inner_steps: int = 10, ratio: float = 0.5) -> Alternating
     by ``outer``.
 
     The batches of the steps to w' and that of the constraint are drawn apart, the outer loss takes one.
+    What the history calls the gradient norm is that of D's part in hyperparameters, which is no hypergradient
+    and is zero wherever ``lam`` is, so that ``tol`` never ends a run.
+
     Noise enters ``lam`` as a quotient, so that batches give a biased direction; small ones do worse here than
     with `bilevel.soba`.
 

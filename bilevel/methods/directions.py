@@ -31,7 +31,17 @@ from bilevel.lift import examples
 from bilevel.linear_solvers import SGD, SGDState, axpy, norm, sgd
 from bilevel.methods.alternating import Alternating, AlternatingState, alternating
 from bilevel.methods.inexact import refuse_unfit
-from bilevel.problem import RESIDUAL, Counts, Estimate, HParams, Params, SolveInfo, inner_value, outer_value
+from bilevel.problem import (
+    RESIDUAL,
+    SETTLED,
+    Counts,
+    Estimate,
+    HParams,
+    Params,
+    SolveInfo,
+    inner_value,
+    outer_value,
+)
 from bilevel.vectors import scaled
 
 
@@ -115,15 +125,17 @@ def moved(method: Alternating, state, running: SGDState, parts: Parts, value, me
     (gradient, product, cross), (slope, direct) = parts
     left = axpy(-1.0, slope, product)
     size = norm(slope)
+    error = norm(left) / jnp.where(size == 0, 1, size)
     estimate = Estimate(
         value=value,
         grad=axpy(-1.0, cross, direct),
         point=state.point,
-        error=norm(left) / jnp.where(size == 0, 1, size),
+        error=error,
         counts=counts,
         # Of a corrected product the sign says nothing about H.
         solve=SolveInfo(norm(left), jnp.int32(1), jnp.int32(1), jnp.bool_(False)),
         metrics=metrics,
+        settled=error <= SETTLED,
         error_kind=RESIDUAL,
     )
     v = axpy(-solver.step_at(running), left, running.v)

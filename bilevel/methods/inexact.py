@@ -172,4 +172,8 @@ def implicit_of(estimator) -> Implicit:
         return implicit(cg(max_steps=2000))
     if not isinstance(estimator, Implicit):
         raise TypeError(f"estimator must be bilevel.implicit(...), got {estimator!r}.")
+    if getattr(estimator.solver, "randomized", False):
+        raise ValueError(
+            "estimator: a randomized Neumann series has no accuracy to be asked for; take bilevel.cg()."
+        )
     return estimator

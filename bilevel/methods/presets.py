@@ -29,8 +29,9 @@ def soba(inner, outer, linear_step) -> Alternating:
 
         w <- w - inner(d_w inner),   v <- v - linear_step (H v - d_w outer),   u <- u - outer(g)
 
-    with g at the old v. One outer step costs an inner gradient, an outer gradient, a Hessian-vector and a
-    cross product, on batches of their own (in the paper the three of the inner loss share one). With fixed
+    with g at the old v (at the first step, where that is zero, at the new one). One outer step costs an inner
+    gradient, an outer gradient, a Hessian-vector and a cross product, on batches of their own (in the paper
+    the three of the inner loss share one). With fixed
     steps it ends in a ball around the solution, with steps that fall like ``1 / sqrt(t)`` at it; `saba` and
     `srba` converge with fixed ones. Memory: one vector beside the optimisers' states.
 
@@ -186,13 +187,14 @@ def f2sa(inner, outer, multiplier=10.0, inner_steps: int = 10) -> Alternating:
 
     One outer step costs ``2 inner_steps + 2`` inner gradients and ``inner_steps + 1`` outer ones; no second
     derivatives, no linear system. Biased by about ``1 / m``, while noise grows with m; in the paper m grows
-    along the run. The two inner terms of the last line share a batch (independent ones would add noise of
-    m times that of a gradient), and the outer terms of one outer step do.
+    along the run. Where noise would be multiplied by m it is shared: both copies step on the same batches,
+    and the two inner terms of the last line take one; so do the outer terms of one outer step.
 
     Args:
       inner: the optax optimiser of params, and of the second copy with a state of its own.
       outer: as of `soba`.
-      multiplier: m, positive; or a function of the number of outer steps, such as ``lambda k: 10 + 0.1 * k``.
+      multiplier: m, positive; or a function of the number of accepted outer steps, such as
+        ``lambda k: 10 + 0.1 * k``.
       inner_steps: steps of both copies per outer step.
 
     Raises:
@@ -225,7 +227,7 @@ def slip(inner, outer, linear_step, terms: int = 10, warm_start: int = 10) -> Bo
       outer: an optax optimiser; of the paper `bilevel.normalized_momentum`, whose steps have one length.
       linear_step: as of `stocbio`.
       terms: of the series.
-      warm_start: inner steps before the first outer step.
+      warm_start: inner steps before the first outer step, which cost one gradient more.
 
     Raises:
       TypeError, ValueError: a setting of the wrong kind or out of range.
@@ -239,4 +241,4 @@ def slip(inner, outer, linear_step, terms: int = 10, warm_start: int = 10) -> Bo
     warm_start = validation.whole_number("warm_start", warm_start, 1)
     update = PeriodicUpdate(inner, 1, None, optax_loop(inner, warm_start))
     estimator = implicit(neumann(terms, linear_step), batches=1)
-    return BoRep(alternating(estimator, update, outer, warmup=1, simultaneous=True), "slip")
+    return BoRep(alternating(estimator, update, outer, simultaneous=True), "slip", waits=True)

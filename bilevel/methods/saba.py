@@ -150,7 +150,8 @@ def saba(inner, outer, linear_step) -> Saba:
     One outer step moves params by ``inner``, the solution of the linear system by ``linear_step`` and hparams
     by ``outer``, from one point. It costs an inner gradient, a Hessian-vector and a cross product on one
     batch, and an outer gradient on another; one pass over both at the start. Memory: for each batch of train
-    two vectors of the size of params and one of hparams, for each of valid one of each.
+    two vectors of the size of params and one of hparams, for each of valid one of each. The first pass is not
+    among the examples that the history counts. In a population every step copies the tables.
 
     With arrays used whole it is gradient descent with exact derivatives. The minibatches that ``fixed=True``
     leaves out, at the tail, are never seen. Batches are drawn with replacement, as in the paper.

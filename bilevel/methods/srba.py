@@ -118,7 +118,8 @@ class Srba:
         counts = jax.tree.map(lambda a, b: jnp.where(begins, a, b), whole, twice)
         made = moved(self.method, state, memory.running, parts, value, metrics, counts)
         running = self._bounded(made.running)
-        age = (memory.age + 1) % (self.period or train.num_batches)
+        period = self.period or max(train.num_batches, valid.num_batches)
+        age = (memory.age + 1) % period
         return self.method.concluded(
             state, made.estimate, made.point, SrbaState(running, now, parts, age),
             taken=1, renewed=train.renewed or valid.renewed,
@@ -139,9 +140,14 @@ def _parts(problem, at: Before, rows, valid_rows):
 
 
 def _refuse_passing(**sources) -> None:
-    refuse_iterable(
-        "srba", "passes over all examples every so often", "Take bilevel.minibatches, or arrays.", **sources
-    )
+    fix = "Take bilevel.minibatches, or arrays."
+    refuse_iterable("srba", "passes over all examples every so often", fix, **sources)
+    for which, source in sources.items():
+        if isinstance(source, data.WithRng):
+            raise ValueError(
+                f"{which}: srba corrects what a pass over all examples found, and with_rng would have that "
+                "at one draw of the noise only, not in the mean. Take bilevel.soba."
+            )
 
 
 def srba(inner, outer, linear_step, period: int | None = None, radius: float | None = None) -> Srba:
@@ -150,8 +156,9 @@ def srba(inner, outer, linear_step, period: int | None = None, radius: float | N
     One outer step moves params by ``inner``, the solution of the linear system by ``linear_step`` and hparams
     by ``outer``, from one point. It costs two inner gradients, two Hessian-vector and two cross products on
     one batch, and two outer gradients on another; every ``period`` steps one of each on all examples instead.
-    Memory: three vectors of the size of params and one of hparams beside those of `bilevel.soba`, twice that
-    for the differences.
+    Memory: five vectors of the size of params and three of hparams beside those of `bilevel.soba`, and that
+    of derivatives on all examples at once. Both losses have to be means over the examples of a batch. Unlike
+    in the paper, the batches of an epoch are drawn without replacement.
 
     With arrays used whole it is gradient descent with exact derivatives.
 
@@ -160,7 +167,8 @@ def srba(inner, outer, linear_step, period: int | None = None, radius: float | N
       outer: the optax optimiser of hyperparameters, in free units.
       linear_step: step size of the linear system, about the inverse of the largest curvature of the inner
         loss; or an optax schedule of it.
-      period: steps from one pass over all examples to the next; default the number of training batches.
+      period: steps from one pass over all examples to the next; default the number of batches of the level
+        that has more.
       radius: of the ball around zero that the solution of the linear system is projected onto, a bound on
         its norm, as the paper's theory has it; default none.
 
