@@ -3,7 +3,7 @@
 The batches of both levels are fixed, n and m of them. Each of the parts ``d_i`` of the directions of
 `bilevel.methods.directions`, taken on batch i, has an entry in a table, which a step corrects::
 
-    D = d_i(now) - table_i + mean(table), table_i < -d_i(now)(1)
+    D = d_i(now) - table_i + mean(table),   and then table_i becomes d_i(now)                (1)
 
 with one i for all parts of the inner loss, one j for those of the outer one, drawn uniformly and
 independently. Its error falls with the distance from the solution, so that steps of a fixed size converge,
