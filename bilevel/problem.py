@@ -376,6 +376,11 @@ class SolveInfo(NamedTuple):
     negative_curvature: Any = False
 
 
+def unsolved(value: jax.Array) -> SolveInfo:
+    """Of an estimate that solves no system; ``value`` is its outer loss."""
+    return SolveInfo(jnp.zeros_like(value), jnp.int32(0), jnp.int32(0), jnp.bool_(False))
+
+
 CERTIFIED, ESTIMATED, RESIDUAL, NONE = "certified", "estimated", "residual", "none"
 # Relative residual from which on a running solution of the linear system is taken for one.
 SETTLED = 0.5

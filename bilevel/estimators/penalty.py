@@ -39,9 +39,9 @@ from bilevel.problem import (
     Point,
     Problem,
     PyTree,
-    SolveInfo,
     inner_value,
     outer_value,
+    unsolved,
 )
 
 # Fresh batches from here on are those of no solver.
@@ -128,7 +128,7 @@ class Penalty:
                 hvp=jnp.float32(0),
                 cross=jnp.float32(0),
             ),
-            solve=SolveInfo(jnp.zeros_like(value), jnp.int32(0), jnp.int32(0), jnp.bool_(False)),
+            solve=unsolved(value),
             metrics=metrics,
         )
         last = jnp.iinfo(jnp.int32).max - 1

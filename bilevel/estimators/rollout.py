@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from bilevel import validation
 from bilevel.inner_solvers import inner_step, started
 from bilevel.lift import examples
-from bilevel.problem import Counts, Estimate, FixedPoint, Point, SolveInfo, StaticTree, outer_value
+from bilevel.problem import Counts, Estimate, FixedPoint, Point, StaticTree, outer_value, unsolved
 from bilevel.trees import spread
 
 
@@ -99,7 +99,7 @@ class TrajectoryEstimator:
                 hvp=kept * passes * batch_rows,
                 cross=kept * passes * batch_rows,
             ),
-            solve=SolveInfo(jnp.zeros_like(value), jnp.int32(0), jnp.int32(0), jnp.bool_(False)),
+            solve=unsolved(value),
             metrics=metrics,
         )
 

@@ -90,6 +90,12 @@ class AlternatingState:
         """Mutable model state."""
         return self.point.model_state
 
+    @property
+    def keys(self) -> tuple[jax.Array, ...]:
+        """Of the batches of train, of those of valid, and of what is random in this outer step."""
+        key_train, key_valid, key_step = (jax.random.fold_in(self.key, i) for i in range(3))
+        return key_train, key_valid, jax.random.fold_in(key_step, self.count)
+
 
 @dataclasses.dataclass(frozen=True)
 class Alternating:
@@ -272,10 +278,9 @@ class Alternating:
 
     def _estimated(self, problem, state, hparams, moves, train, valid):
         """Eq. (1) and (2): (estimate, its state), new point, inner solver's state, inner gradients."""
-        key_train, key_valid, key_step = (jax.random.fold_in(state.key, i) for i in range(3))
+        key_train, key_valid, key = state.keys
         draw = data.draw(train, key_train, state.position, self._steps, state.count, own=moves)
         valid_batch = valid.batch(key_valid, state.count)
-        key = jax.random.fold_in(key_step, state.count)
 
         def estimate(point):
             return self._estimator.estimate(problem, state.estimator, point, hparams, draw, valid_batch, key)

@@ -28,7 +28,7 @@ from bilevel.lift import examples
 from bilevel.linear_solvers import axpy, vdot
 from bilevel.methods.alternating import Alternating, alternating
 from bilevel.methods.inexact import refuse_unfit
-from bilevel.problem import Counts, Estimate, SolveInfo, inner_value, outer_value
+from bilevel.problem import Counts, Estimate, inner_value, outer_value, unsolved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Barrier:
             point=end,
             error=jnp.full_like(value, jnp.inf),
             counts=Counts(jnp.float32((draw.steps + 2) * rows), jnp.float32(valid_rows), nothing, nothing),
-            solve=SolveInfo(jnp.zeros_like(value), jnp.int32(0), jnp.int32(0), jnp.bool_(False)),
+            solve=unsolved(value),
             metrics=metrics,
             settled=False,
         )

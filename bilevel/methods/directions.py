@@ -92,11 +92,16 @@ def outer_part(problem, params, hparams, batch) -> tuple[jax.Array, dict, OuterP
 
 def single_loop(inner, outer, linear_step) -> Alternating:
     """All three variables by one step each, from one point: `bilevel.soba`, where the others begin."""
-    if not callable(linear_step):
-        linear_step = validation.number("linear_step", linear_step, positive=True)
     validation.kind("inner", inner, "an optax optimiser")
-    solver = sgd(linear_step, before=True)
+    solver = sgd(checked(linear_step), before=True)
     return alternating(implicit(solver, batches=1), inner, outer, simultaneous=True)
+
+
+def checked(linear_step):
+    """The step size of a linear system, a positive number or a schedule."""
+    if callable(linear_step):
+        return linear_step
+    return validation.number("linear_step", linear_step, positive=True)
 
 
 def begun(name: str, method: Alternating, problem, args, *, key, model_state) -> AlternatingState:

@@ -19,7 +19,7 @@ from bilevel.inner_loops.optax_loop import optax_loop
 from bilevel.linear_solvers import neumann, sgd
 from bilevel.methods.alternating import Alternating, alternating
 from bilevel.methods.bo_rep import BoRep, PeriodicUpdate
-from bilevel.methods.directions import single_loop
+from bilevel.methods.directions import checked, single_loop
 
 
 def soba(inner, outer, linear_step) -> Alternating:
@@ -141,9 +141,9 @@ def amigo(inner, outer, linear_step, linear_steps: int = 10, inner_steps: int = 
     """
     validation.kind("inner", inner, "an optax optimiser")
     linear_steps = validation.whole_number("linear_steps", linear_steps, 1)
-    if not callable(linear_step):
-        linear_step = validation.number("linear_step", linear_step, positive=True)
-    return alternating(implicit(sgd(linear_step, linear_steps), batches=1), inner, outer, inner_steps)
+    return alternating(
+        implicit(sgd(checked(linear_step), linear_steps), batches=1), inner, outer, inner_steps
+    )
 
 
 def ttsa(inner, outer, linear_step, terms: int = 20) -> Alternating:

@@ -69,7 +69,7 @@ class Saba:
         args = params, hparams, train, valid
         state = begun("saba", self.method, problem, args, key=key, model_state=model_state)
         params, hparams = state.params, state.hparams
-        key_train, key_valid = _keys(state)
+        key_train, key_valid, _ = state.keys
 
         def of_inner(i):
             return inner_part(problem, params, running.v, hparams, train.numbered(key_train, i))
@@ -91,8 +91,7 @@ class Saba:
         train, valid = data.as_source(train, "train"), data.as_source(valid, "valid")
         _refuse_changing(train=train, valid=valid)
         running, mean, table = state.estimator
-        key_train, key_valid = _keys(state)
-        picked = jax.random.fold_in(jax.random.fold_in(state.key, 2), state.count)
+        key_train, key_valid, picked = state.keys
         of, to = jax.random.split(picked)
         i = jax.random.randint(of, (), 0, train.num_batches, jnp.int32)
         j = jax.random.randint(to, (), 0, valid.num_batches, jnp.int32)
@@ -118,11 +117,6 @@ class Saba:
         kept = jax.tree.map(lambda a, b: jnp.where(info.accepted, a, b), new, old)
         table = Parts(put(table.inner, i, kept.inner), put(table.outer, j, kept.outer))
         return dataclasses.replace(after, estimator=after.estimator._replace(table=table)), info
-
-
-def _keys(state) -> tuple[jax.Array, jax.Array]:
-    """That of the batches of either level."""
-    return jax.random.fold_in(state.key, 0), jax.random.fold_in(state.key, 1)
 
 
 def _finite(part):

@@ -84,7 +84,7 @@ class Srba:
         w, h = jax.tree.map(lambda x: jnp.array(x, copy=True), (state.params, state.hparams))
         before = Before(w, jax.tree.map(jnp.zeros_like, w), h)
         parts = Parts(InnerPart(w, w, h), OuterPart(w, h))
-        all_valid = valid.whole(jax.random.fold_in(state.key, 1))
+        all_valid = valid.whole(state.keys[1])
         slope = outer_part(problem, state.params, state.hparams, all_valid)[2].slope
         running = self._bounded(first_running(self.method, state.estimator, slope))
         memory = SrbaState(running, before, jax.tree.map(jnp.zeros_like, parts), jnp.int32(0))
@@ -96,7 +96,7 @@ class Srba:
         train, valid = data.as_source(train, "train"), data.as_source(valid, "valid")
         _refuse_passing(train=train, valid=valid)
         memory = state.estimator
-        key_train, key_valid, _ = (jax.random.fold_in(state.key, i) for i in range(3))
+        key_train, key_valid, _ = state.keys
         rows = data.draw(train, key_train, state.position, 1, state.count).last
         valid_rows = valid.batch(key_valid, state.count)
         all_rows, all_valid = train.whole(key_train), valid.whole(key_valid)
