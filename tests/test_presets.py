@@ -8,11 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import RIDGE, RIDGE_LOG_L2, Ridge, least_squares, logistic_data, ridge, ridge_train, ridge_valid
+from problems import (
+    LOGISTIC,
+    RIDGE,
+    RIDGE_LOG_L2,
+    Ridge,
+    least_squares,
+    logistic_data,
+    logistic_solution,
+    ridge,
+    ridge_train,
+    ridge_valid,
+)
 
 import bilevel
 from bilevel import Status
 from bilevel.methods.saba import SabaState
+from bilevel.problem import Draw
 
 R = ridge()
 KEY = jax.random.key(0)
@@ -292,15 +304,11 @@ def every(names=(*PRESETS, "slip")):
         yield pytest.param(factory(optax.sgd(0.1), outer, **system, **few), id=name)
 
 
-@pytest.mark.parametrize("method", list(every()))
+@pytest.mark.parametrize("method", list(every(tuple(name for name in (*PRESETS, "slip") if name != "srba"))))
 def test_a_nan_batch_is_rejected_and_counted(method):
     a, b = np.array(R.a), np.array(R.b)
     a[3, 0] = np.nan
     train = bilevel.minibatches((a, b), 4, fixed=True)
-    if getattr(method, "period", 1) is None:  # passes over all rows at its first step
-        with pytest.raises(ValueError, match="nan"):
-            bilevel.optimize(RIDGE, np.zeros(20), np.array(-1.0), (a, b), R.valid, method, 5, progress=False)
-        return
     state = method.init(RIDGE, jnp.zeros(20), jnp.float64(-1.0), train, R.valid, key=KEY)
     step = jax.jit(functools.partial(method.step, RIDGE))
     rejected = 0
@@ -318,6 +326,30 @@ def test_a_nan_batch_is_rejected_and_counted(method):
     assert 0 < rejected < 40  # one batch of ten is bad, and a step takes up to a dozen
     assert np.isfinite(state.params).all()
     assert np.isfinite(state.hparams)
+
+
+def test_srba_rejects_a_nan_batch_between_two_passes():
+    """A pass over all rows meets every nan; these turn up after it."""
+    a = np.array(R.a)
+    a[3, 0] = np.nan
+    clean, bad = (bilevel.minibatches((x, R.b), 4, fixed=True) for x in (R.a, a))
+    method = bilevel.srba(optax.sgd(0.1), STEADY, 0.1, period=100)
+    step = jax.jit(functools.partial(method.step, RIDGE))
+    state = method.init(RIDGE, jnp.zeros(20), jnp.float64(-1.0), clean, R.valid, key=KEY)
+    state, info = step(state, clean, R.valid)
+    assert bool(info.accepted)
+    seen = []
+    for _ in range(30):
+        before = state
+        state, info = step(before, bad, R.valid)
+        seen.append(bool(info.accepted))
+        if not seen[-1]:
+            kept = (
+                jax.tree.leaves((state.estimator, state.params)),
+                jax.tree.leaves((before.estimator, before.params)),
+            )
+            assert all(np.array_equal(x, y) for x, y in zip(*kept, strict=True))
+    assert seen.count(False) == 3  # in each epoch of ten batches one
 
 
 @pytest.mark.parametrize("method", list(every(("soba", "stocbio", "ttsa", "f2sa", "bome", "slip"))))
@@ -496,8 +528,6 @@ def test_values_equal_and_hash():
 
 def test_logistic_regression_without_second_derivatives():
     """The first-order estimator against the implicit one on a loss that is no quadratic."""
-    from problems import LOGISTIC, logistic_solution
-
     train, valid = logistic_data()
     h = np.full(5, -2.0)
     w = logistic_solution(h, train)
@@ -505,6 +535,37 @@ def test_logistic_regression_without_second_derivatives():
     fn = jax.jit(bilevel.hypergradient(LOGISTIC, bilevel.penalty(1e4, bilevel.newton())))
     grad = fn(w, h, train, valid).grad
     np.testing.assert_allclose(grad, exact, rtol=2e-3, atol=2e-4 * np.abs(exact).max())
+
+
+@jax.custom_vjp
+def square(x):
+    return x**2
+
+
+# Its second derivative, to JAX, is zero.
+square.defvjp(lambda x: (x**2, x), lambda x, g: (g * 2 * jax.lax.stop_gradient(x),))
+
+
+def test_second_derivatives_are_never_taken():
+    problem = bilevel.Problem(
+        lambda w, h, b: 0.5 * jnp.mean(square(b[0] @ w - b[1])) + 0.5 * jnp.exp(h) * jnp.sum(square(w)),
+        lambda w, h, b: 0.5 * jnp.mean(square(b[0] @ w - b[1])),
+    )
+    at = jnp.asarray(R.solution(0.0)), jnp.asarray(0.0), R.train, R.valid
+    grad = jax.jit(bilevel.hypergradient(problem, bilevel.penalty(10.0, optax.sgd(0.3), 80)))(*at).grad
+    np.testing.assert_allclose(grad, R.penalty(0.0, 10.0), rtol=1e-9)
+    for method in (bilevel.f2sa(SGD, STEADY), bilevel.bome(SGD, STEADY)):
+        own, _, _ = states(method, -1.0, 5, R.train, R.valid, problem)
+        twice, _, _ = states(method, -1.0, 5, R.train, R.valid)
+        np.testing.assert_allclose(own.hparams, twice.hparams, rtol=1e-11)
+
+
+def test_slip_with_all_examples_and_falling_steps_ends_where_its_series_is_stationary():
+    outer = bilevel.normalized_momentum(lambda k: 0.1 * 0.99**k, 0.9)
+    method = bilevel.slip(optax.sgd(0.3), outer, 0.3, terms=40, warm_start=100)
+    _, last, _ = states(method, RIDGE_LOG_L2 + 0.5, 1500, R.train, R.valid)
+    slopes = [R.neumann(float(last.hparams) + away, 40, 0.3) for away in (-0.02, 0.02)]
+    assert slopes[0] < 0 < slopes[1]
 
 
 # --- What is not taken for convergence ---------------------------------------------------------------------
@@ -553,8 +614,6 @@ def test_f2sa_steps_both_copies_on_the_same_batches():
     def batch(j):
         jax.debug.callback(lambda j: seen.append(int(j)), j)
         return R.train
-
-    from bilevel.problem import Draw
 
     draw = Draw(batch, 30, True)
     estimator.estimate(RIDGE, state, point, jnp.asarray(-1.0), draw, R.valid, KEY)

@@ -19,6 +19,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -102,6 +103,13 @@ def checked(linear_step):
     if callable(linear_step):
         return linear_step
     return validation.number("linear_step", linear_step, positive=True)
+
+
+def sources_of(refuse: Callable, train, valid) -> tuple[Any, Any]:
+    """Both sources; ``refuse`` raises where they are not what the method needs."""
+    train, valid = data.as_source(train, "train"), data.as_source(valid, "valid")
+    refuse(train=train, valid=valid)
+    return train, valid
 
 
 def begun(name: str, method: Alternating, problem, args, *, key, model_state) -> AlternatingState:

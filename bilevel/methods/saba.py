@@ -36,6 +36,7 @@ from bilevel.methods.directions import (
     outer_part,
     refuse_iterable,
     single_loop,
+    sources_of,
 )
 from bilevel.placement import refuse_explicit
 from bilevel.problem import PyTree, tree_is_finite
@@ -64,8 +65,7 @@ class Saba:
 
     def init(self, problem, params, hparams, train, valid, *, key, model_state=None):
         """The first state; a pass over both sources fills the table."""
-        train, valid = data.as_source(train, "train"), data.as_source(valid, "valid")
-        _refuse_changing(train=train, valid=valid)
+        train, valid = sources_of(_refuse_changing, train, valid)
         args = params, hparams, train, valid
         state = begun("saba", self.method, problem, args, key=key, model_state=model_state)
         params, hparams = state.params, state.hparams
@@ -88,8 +88,7 @@ class Saba:
     def step(self, problem, state, train, valid):
         """Eq. (1); rejected as a whole where a result is not finite."""
         refuse_explicit(state=state, train=train, valid=valid)
-        train, valid = data.as_source(train, "train"), data.as_source(valid, "valid")
-        _refuse_changing(train=train, valid=valid)
+        train, valid = sources_of(_refuse_changing, train, valid)
         running, mean, table = state.estimator
         key_train, key_valid, picked = state.keys
         of, to = jax.random.split(picked)

@@ -37,6 +37,7 @@ from bilevel.methods.directions import (
     outer_part,
     refuse_iterable,
     single_loop,
+    sources_of,
 )
 from bilevel.placement import refuse_explicit
 from bilevel.problem import HParams, Params
@@ -76,8 +77,7 @@ class Srba:
 
     def init(self, problem, params, hparams, train, valid, *, key, model_state=None):
         """The first state; the first step takes all examples."""
-        train, valid = data.as_source(train, "train"), data.as_source(valid, "valid")
-        _refuse_passing(train=train, valid=valid)
+        train, valid = sources_of(_refuse_passing, train, valid)
         args = params, hparams, train, valid
         state = begun("srba", self.method, problem, args, key=key, model_state=model_state)
         # Copies, so that a loop that donates its state never gives one buffer twice.
@@ -93,8 +93,7 @@ class Srba:
     def step(self, problem, state, train, valid):
         """Eq. (1) or (2); rejected as a whole where a result is not finite."""
         refuse_explicit(state=state, train=train, valid=valid)
-        train, valid = data.as_source(train, "train"), data.as_source(valid, "valid")
-        _refuse_passing(train=train, valid=valid)
+        train, valid = sources_of(_refuse_passing, train, valid)
         memory = state.estimator
         key_train, key_valid, _ = state.keys
         rows = data.draw(train, key_train, state.position, 1, state.count).last
