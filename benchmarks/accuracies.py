@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel
+from benchmarks.curves import save
 from benchmarks.measure import table
 from benchmarks.problems import pictures
 from bilevel import imaging
@@ -100,22 +101,16 @@ def study() -> None:
 
 def draw(curves: dict, path: Path) -> None:
     """Lowest loss so far against the work."""
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    ax = figure.add_subplot()
-    for name, (work, value) in curves.items():
-        family = name.split(",")[0]
-        dash = {"MAID": "-", "HOAG": "--", "fixed": ":"}[family]
-        ax.plot(work, value, dash, linewidth=2.4 if family == "MAID" else 1.6, label=name)
-    ax.set_xscale("log")
-    ax.set_xlabel("inner gradients and products with the Hessian")
-    ax.set_ylabel("lowest outer loss so far")
-    ax.set_title("learning a Field of Experts at equal work")
-    ax.grid(color="0.9")
-    ax.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    def plot(ax):
+        for name, (work, value) in curves.items():
+            family = name.split(",")[0]
+            dash = {"MAID": "-", "HOAG": "--", "fixed": ":"}[family]
+            ax.plot(work, value, dash, linewidth=2.4 if family == "MAID" else 1.6, label=name)
+        ax.set_xscale("log")
+
+    title, work = "learning a Field of Experts at equal work", "inner gradients and products with the Hessian"
+    save(path, title, work, "lowest outer loss so far", plot)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 import bilevel
+from benchmarks.curves import save
 from benchmarks.measure import table
 
 ROWS, PARAMS, HPARAMS, BATCH, STEPS = 1024, 10, 5, 16, 60_000
@@ -103,8 +104,9 @@ def run(method, train, valid, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def slope(examples, errors) -> float:
-    """Of the logarithms, from the first target on, as far as rounding."""
-    late = (examples > examples[np.argmax(errors <= TARGETS[0])]) & (errors > 1e-24)
+    """Of the logarithms, over the last factor of ten of the examples; as far as rounding."""
+    last = examples[np.flatnonzero(errors > 1e-24)[-1]]
+    late = (examples > last / 10) & (examples <= last)
     return float(np.polyfit(np.log(examples[late]), np.log(errors[late]), 1)[0])
 
 
@@ -136,20 +138,14 @@ def study() -> None:
 
 def draw(curves: dict, path: Path) -> None:
     """Error against examples."""
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    ax = figure.add_subplot()
-    for name, (examples, error) in curves.items():
-        ax.loglog(examples, error, label=name)
-    ax.set_ylim(1e-20, None)
-    ax.set_xlabel("examples touched")
-    ax.set_ylabel("squared norm of the exact hypergradient")
-    ax.set_title("single-loop methods on a strongly convex problem")
-    ax.grid(color="0.9")
-    ax.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    def plot(ax):
+        for name, (examples, error) in curves.items():
+            ax.loglog(examples, error, label=name)
+        ax.set_ylim(1e-20, None)
+
+    title = "single-loop methods on a strongly convex problem"
+    save(path, title, "examples touched", "squared norm of the exact hypergradient", plot)
 
 
 if __name__ == "__main__":
