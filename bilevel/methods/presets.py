@@ -4,8 +4,8 @@ Each is `bilevel.alternating` with an estimator and a rule for when params move;
 is the update of one outer step, w for params, v for the solution of the linear system ``H v = d_w outer``, u
 for hyperparameters in free units, and g for the hypergradient ``d_u outer - d_u (d_w inner . v)``. Every
 oracle takes a batch of its own where the source has them: each inner step, each product with H, the cross
-product, and the outer gradients; a Python iterable has one for each inner step, the last of which serves the
-others.
+product, and the outer gradients (but what `f2sa` subtracts); a Python iterable has one for each inner step,
+the last of which serves the others.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def soba(inner, outer, linear_step) -> Alternating:
 
     with g at the old v (at the first step, where that is zero, at the new one). One outer step costs an inner
     gradient, an outer gradient, a Hessian-vector and a cross product, on batches of their own (in the paper
-    the three of the inner loss share one). With fixed
-    steps it ends in a ball around the solution, with steps that fall like ``1 / sqrt(t)`` at it; `saba` and
-    `srba` converge with fixed ones. Memory: one vector beside the optimisers' states.
+    the three of the inner loss share one). With fixed steps it ends in a ball around the solution, with steps
+    that fall like ``1 / sqrt(t)`` at it; `saba` and `srba` converge with fixed ones. Memory: one vector
+    beside the optimisers' states.
 
     Args:
       inner: the optax optimiser of params; of the paper ``optax.sgd``.
