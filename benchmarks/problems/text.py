@@ -16,8 +16,8 @@ Eq. (2) is strongly convex in the heads; (1) and (3) are only where the penalty 
 curvature, which tasks of this kind share with those of the paper. Wrong labels of (3) are drawn once;
 validation and test labels are clean. In (1) and (3) params begin at a network that was trained for 400 steps
 with the first hyperparameters. The metric is loss and accuracy on test windows; of (2) on tasks, triples of
-subjects, other than those learned from, with heads fitted to these tasks' training windows. (1) and (3) also
-take reviews, `benchmarks.problems.reviews`, where their package is installed.
+subjects, other than those learned from, with heads fitted to these tasks' training windows. (1) also
+takes reviews, `benchmarks.problems.reviews`, where their package is installed.
 """
 
 from __future__ import annotations
@@ -195,10 +195,6 @@ def of_subjects(sizes, seed: int) -> list[prose.Windows]:
     return windows(FOUR, sizes, seed)
 
 
-def of_kinds(sizes, seed: int) -> list[prose.Windows]:
-    return windows(prose.KINDS, sizes, seed)
-
-
 def penalty(
     seed: int, log_strength: float = -6.0, sizes=(200, 400, 400), steps: int = BEGUN, read=of_subjects
 ) -> TextTask:
@@ -215,14 +211,11 @@ def flipped(labels: np.ndarray, noise: float, classes: int, rng: np.random.Gener
     return np.where(rng.random(len(labels)) < noise, other, labels).astype(labels.dtype)
 
 
-def cleaning(
-    seed: int, noise: float = 0.3, sizes=(400, 400, 400), steps: int = BEGUN, read=of_kinds
-) -> TextTask:
+def cleaning(seed: int, noise: float = 0.3, sizes=(400, 400, 400), steps: int = BEGUN) -> TextTask:
     """All weights begin at 1/2; the seed draws the splits, the start and the wrong labels."""
-    parts = read(sizes, seed)
+    parts = windows(prose.KINDS, sizes, seed)
     train, valid, test = map(rows, parts)
-    classes = 1 + int(parts[0].label.max())
-    labels = flipped(parts[0].label, noise, classes, np.random.default_rng((seed, 1)))
+    labels = flipped(parts[0].label, noise, len(FOUR), np.random.default_rng((seed, 1)))
     train = train | {"label": jnp.asarray(labels), "i": jnp.arange(len(labels))}
     weight = jnp.full(len(labels), 0.5, jnp.float32)
     params = begun(CLEANING, weight, train, seed, steps)
