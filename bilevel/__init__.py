@@ -7,6 +7,7 @@ from bilevel.checkpoint import checkpoints
 from bilevel.constraints import box, fixed, integer, interval, positive, real, simplex
 from bilevel.data import episodes, minibatches, stacked, with_rng
 from bilevel.estimated_smoothness import estimate_smoothness
+from bilevel.estimators.best_response import best_response
 from bilevel.estimators.forward import forward
 from bilevel.estimators.implicit import implicit
 from bilevel.estimators.look_back import look_back
@@ -29,12 +30,14 @@ from bilevel.memory import Memory, memory
 from bilevel.methods.alternating import alternating
 from bilevel.methods.bo_rep import bo_rep
 from bilevel.methods.bome import bome
+from bilevel.methods.delta_stn import delta_stn
 from bilevel.methods.hoag import hoag
 from bilevel.methods.isgd import isgd
 from bilevel.methods.maid import maid
 from bilevel.methods.presets import amigo, f2sa, ma_soba, slip, soba, stocbio, ttsa
 from bilevel.methods.saba import saba
 from bilevel.methods.srba import srba
+from bilevel.methods.stn import stn
 from bilevel.online import get_hparams, online, tune
 from bilevel.optimize import optimize
 from bilevel.parallel import pmean
@@ -55,6 +58,7 @@ from bilevel.problem import (
 from bilevel.result import Best, Members, Result, Trajectory
 from bilevel.result_file import load
 from bilevel.run import STOP
+from bilevel.schedules import Schedule
 from bilevel.transforms import normalized_momentum
 
 __version__ = "0.1.0"
@@ -73,6 +77,7 @@ __all__ = [
     "Point",
     "Problem",
     "Result",
+    "Schedule",
     "Smoothness",
     "SolveInfo",
     "Status",
@@ -81,6 +86,7 @@ __all__ = [
     "alternating",
     "amigo",
     "argmin",
+    "best_response",
     "bo_rep",
     "bome",
     "box",
@@ -88,6 +94,7 @@ __all__ = [
     "check_hypergradient",
     "checkpoints",
     "composite",
+    "delta_stn",
     "dense",
     "episodes",
     "epoch_sgd",
@@ -138,6 +145,7 @@ __all__ = [
     "soba",
     "srba",
     "stacked",
+    "stn",
     "stocbio",
     "ttsa",
     "tune",

@@ -169,6 +169,32 @@ class Simplex(Constraint):
         return None if close else f"must sum to 1, sums to {value.sum():g}"
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class Integer(Constraint):
+    """See `integer`."""
+
+    lo: int
+    hi: int
+
+    def to_free(self, value):
+        lo, hi = self._ends
+        return jnp.log(value - lo) - jnp.log(hi - value)
+
+    def to_natural(self, free):
+        between = _logistic(free, *self._ends)
+        whole = jnp.clip(jnp.round(between), self.lo, self.hi)
+        # The derivative is that of the number before rounding: what acts through a response needs one.
+        return between + jax.lax.stop_gradient(whole - between)
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        return self.lo - 0.5, self.hi + 0.5
+
+    def why_not(self, value):
+        fits = np.all((value >= self.lo) & (value <= self.hi) & (value == np.round(value)))
+        return None if fits else f"must be a whole number from {self.lo} to {self.hi}"
+
+
 def real() -> Constraint:
     """Any real number: free units are the natural ones. What is not named is `real`."""
     return Real()
@@ -225,9 +251,29 @@ def simplex() -> Constraint:
 
 
 def integer(lo: int, hi: int) -> Constraint:
-    """Rounded for the losses; only for methods that need no gradient through it."""
-    del lo, hi
-    raise NotImplementedError("integer hyperparameters come with a later release.")
+    """Whole numbers from ``lo`` to ``hi``, both included, as floats that the losses see rounded.
+
+    Natural = round(lo - 1/2 + (hi - lo + 1) sigmoid(free)): free units move on between two numbers. No method
+    that differentiates the losses by hyperparameters takes it; `bilevel.stn` and `bilevel.delta_stn`, which
+    learn how params respond, do.
+
+    Args:
+      lo: smallest value, a whole number.
+      hi: largest value.
+
+    Raises:
+      TypeError: an end is no whole number; ValueError: the ends are reversed or equal.
+
+    Example:
+      >>> import bilevel
+      >>> bilevel.integer(0, 3)  # holes that are cut out of an image
+      integer(0, 3)
+    """
+    for name, end in (("lo", lo), ("hi", hi)):
+        if isinstance(end, bool) or not isinstance(end, (int, np.integer)):
+            raise TypeError(f"{name} of integer must be a whole number, got {end!r}.")
+    _ends("integer", lo, hi)
+    return Integer(int(lo), int(hi))
 
 
 def _ends(name: str, lo, hi, infinite: bool = False) -> tuple[float, float]:

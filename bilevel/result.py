@@ -12,6 +12,7 @@ import numpy as np
 
 from bilevel.populations import member_of
 from bilevel.problem import HParams, Params, PyTree, Status
+from bilevel.schedules import Schedule, schedule_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +181,27 @@ class Result:
         from bilevel import result_file
 
         result_file.save(self, path)
+
+    def schedule(self, name: Any = None, inner_steps: int = 1) -> Schedule:
+        """The path of one hyperparameter over the run, to be followed by another training run.
+
+        Args:
+          name: of the leaf, ``"dropout"``, or ``("decoder", "dropout")`` for one further down; may be left
+            out where there is only one.
+          inner_steps: training steps that went with an outer step: those of `bilevel.alternating`, or
+            ``train_steps / valid_steps`` of `bilevel.stn`. The schedule counts training steps.
+
+        Returns:
+          A `Schedule`: a traceable function of the training step, with its arrays. A `Result` that was saved
+          and loaded has it too.
+
+        Raises:
+          KeyError: no such hyperparameter; ValueError: of a population (take ``result.member(i)``), or of a
+            leaf with so many entries that only quantiles were kept.
+        """
+        if self.members is not None:
+            raise ValueError("schedule is that of a single run; take result.member(i).schedule(...).")
+        return schedule_of(self.trajectory, name, inner_steps)
 
     def plot(self):
         """Outer value, gradient norm and hyperparameters over the outer steps; a matplotlib Figure.

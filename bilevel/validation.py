@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel.constraints import Fixed, bind
+from bilevel.constraints import Fixed, Integer, bind
 from bilevel.inner_solvers import Tuned, inner_step, optimizer_at, start_point
 from bilevel.problem import (
     Estimator,
@@ -444,10 +444,27 @@ def problem_on_data(
     if isinstance(inner, Tuned):
         _check_tuned(inner, params, hparams)
         _check_step(problem, inner, params, hparams, train_batch, model_state, steps)
-    blind = None if _sees_start(estimator, steps) else called(estimator)
     leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, args))
+    if getattr(estimator, "responds", False):
+        _presence(problem, treedef, tuple(leaves))
+        return metrics
+    _refuse_integer(problem, estimator, hparams)
+    blind = None if _sees_start(estimator, steps) else called(estimator)
     _influence(problem, inner if isinstance(inner, Tuned) else None, blind, treedef, tuple(leaves))
     return metrics
+
+
+def _refuse_integer(problem, estimator, hparams) -> None:
+    """Raise ValueError where a hyperparameter is rounded before the losses are differentiated by it."""
+    bound = bind(problem.constraints, hparams)
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(hparams)[0]]
+    for path, constraint in zip(paths, bound.leaves, strict=True):
+        if isinstance(constraint, Integer):
+            raise ValueError(
+                f"hparams{name_of(path)} is bilevel.{constraint!r}, and {called(estimator)} differentiates "
+                "the losses by it, which say nothing between two whole numbers. Take bilevel.stn(...) or "
+                "bilevel.delta_stn(...), which learn how params respond to it."
+            )
 
 
 def _sees_start(estimator, steps: int) -> bool:
@@ -654,6 +671,42 @@ def _influence(problem, inner, blind: str | None, tree, shapes) -> None:
             "bilevel.forward() without truncate=, which differentiate every step from the start, or declare "
             "it bilevel.fixed()."
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _presence(problem, tree, shapes) -> None:
+    """Raise ValueError where a tuned hyperparameter enters neither loss, differentiably or not."""
+    params, hparams, train_batch, valid_batch, model_state = jax.tree.unflatten(tree, shapes)
+    leaves, treedef = jax.tree.flatten(hparams)
+
+    def acts(leaves, params, train, valid, model_state):
+        return _effects(problem, None, params, jax.tree.unflatten(treedef, leaves), train, valid, model_state)
+
+    made = jax.make_jaxpr(acts)(leaves, params, train_batch, valid_batch, model_state).jaxpr
+    enters = _entering(made, len(leaves))
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(hparams)[0]]
+    every = zip(paths, enters, tuned_leaves(problem, hparams), strict=True)
+    idle = ["hparams" + name_of(path) for path, enters, tuned in every if tuned and not enters]
+    if idle:
+        raise ValueError(
+            f"{', '.join(idle)} {'enters' if len(idle) == 1 else 'enter'} neither inner nor outer. A likely "
+            "cause: the loss reads a variable of the surrounding scope (a closure) instead of its argument "
+            "hparams. Drop it from hparams, or declare it bilevel.fixed()."
+        )
+
+
+def _entering(jaxpr, inputs: int) -> list[bool]:
+    """For each of the first inputs of a program, whether an output is computed from it."""
+    needed = {id(out) for out in jaxpr.outvars}
+    for eqn in reversed(jaxpr.eqns):
+        if any(id(out) in needed for out in eqn.outvars):
+            inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
+            used = eqn.invars
+            if inner is not None:
+                taken = _entering(inner.jaxpr, len(eqn.invars))
+                used = [var for var, enters in zip(eqn.invars, taken, strict=True) if enters]
+            needed |= {id(var) for var in used}
+    return [id(var) in needed for var in jaxpr.invars[:inputs]]
 
 
 def _is_zero(jaxpr, out) -> bool:

@@ -987,23 +987,6 @@ def test_dense_names_its_limit():
     )
 
 
-# --- Slots whose behaviour comes later -------------------------------------------------------------------
-
-LATER = [
-    ("integer", lambda: bilevel.integer(1, 5), "integer"),
-]
-
-
-@pytest.mark.parametrize(("call", "name"), [row[1:] for row in LATER], ids=[row[0] for row in LATER])
-def test_comes_later(call, name):
-    with pytest.raises(NotImplementedError) as caught:
-        call()
-    message = str(caught.value)
-    assert name in message
-    assert message.endswith(".")
-    assert message.count(". ") == 0, "one sentence"
-
-
 # --- Files -----------------------------------------------------------------------------------------------
 
 

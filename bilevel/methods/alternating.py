@@ -282,8 +282,12 @@ class Alternating:
         draw = data.draw(train, key_train, state.position, self._steps, state.count, own=moves)
         valid_batch = valid.batch(key_valid, state.count)
 
+        # What perturbs hyperparameters needs to know where they are between two whole numbers.
+        units = {"free": state.free} if getattr(self._estimator, "responds", False) else {}
+
         def estimate(point):
-            return self._estimator.estimate(problem, state.estimator, point, hparams, draw, valid_batch, key)
+            args = problem, state.estimator, point, hparams, draw, valid_batch, key
+            return self._estimator.estimate(*args, **units)
 
         if self._estimator.trajectory:
             estimated = estimate(self._begin(state))

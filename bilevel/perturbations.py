@@ -1,0 +1,265 @@
+"""Perturbed hyperparameters: what a best response is fitted under and judged by.
+
+With hyperparameters u in free units and one scale s_k > 0 for each entry, perturbations are e = s z with z
+standard normal, each taken with both signs on the same examples: what a loss does at e = 0 cancels from the
+difference, and with it most of the noise. The hyperparameters and the scales follow the gradient of::
+
+    E_z outer(response at u + s z, u + s z) - entropy sum_k ln s_k                                  (1)
+
+whose second term keeps the scales from shrinking to nothing; near a minimum of curvature k in u_k they come
+to rest at sqrt(entropy / k).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel import data, responses, validation
+from bilevel.constraints import BoundConstraints
+from bilevel.lift import axes
+from bilevel.problem import Batch, FixedPoint, PyTree, outer_value
+from bilevel.responses import Response
+
+# A response to one scale below this share of params (of a large scale) changes a loss by less than the
+# rounding of float32.
+_VANISHED = 1e-5
+# So many times the first scale, in free units, is out of every range where a response is linear.
+_RUNAWAY = 20.0
+# Estimates in a row after which a response that has vanished will not come back.
+_PATIENCE = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbations:
+    """Settings, see `bilevel.best_response`; ``optimizer`` moves the scales."""
+
+    scale: float
+    entropy: float
+    groups: int
+    optimizer: Any
+    warmup: int
+
+    def init(self, n: int, dtype) -> Scales:
+        """The first scales of n hyperparameters."""
+        raw = jnp.full(n, _inverse_softplus(self.scale), dtype)
+        optimizer = self.optimizer.init(raw) if self.entropy else ()
+        return Scales(raw, optimizer, jnp.int32(0), jnp.int32(0))
+
+    def unit(self, scale: jax.Array) -> jax.Array:
+        """Perturbations in these units make a fit by gradients as stiff as params are by themselves.
+
+        Of a mean over g vectors z the matrices z z^T have, in the mean over their squares, a norm of
+        (n + 1 + g) / g: the step size that is stable for params would not be for a response to z itself.
+        """
+        return scale * math.sqrt((scale.size + 1 + self.groups) / self.groups)
+
+    def noise(self, key, n: int, dtype) -> jax.Array:
+        """A standard normal vector for each group; shape (groups, n)."""
+        return jax.random.normal(key, (self.groups, n), dtype)
+
+    def mean(self, loss: Callable, batch: Batch, noise: jax.Array) -> PyTree:
+        """The mean of ``loss(rows, z)`` over the groups of rows and both signs of their z.
+
+        Batches are dealt out row by row, so that each group has rows of every shard.
+        """
+
+        def pair(rows, z):
+            both = jax.lax.map(lambda sign: loss(rows, sign * z), jnp.array([1, -1], z.dtype))
+            return jax.tree.map(_mean, both)
+
+        if self.groups == 1:
+            return pair(batch, noise[0])
+        dealt = _dealt(batch, self.groups)
+        return jax.tree.map(_mean, jax.lax.map(lambda at: pair(*at), (dealt, noise)))
+
+    def judged(
+        self,
+        problem,
+        state: Scales,
+        at: Callable,
+        constraints: BoundConstraints,
+        free,
+        valid,
+        model_state,
+        key,
+    ) -> Judged:
+        """Eq. (1) and its gradient.
+
+        Args:
+          problem: the problem.
+          state: of the scales.
+          at: params at perturbed hyperparameters, ``(free, perturbed free) -> params``.
+          constraints: of the problem.
+          free: hyperparameters.
+          valid: the batch of the outer loss.
+          model_state: mutable model state, or None.
+          key: of the perturbations.
+        """
+
+        def outer(free, moved, batch):
+            params = at(jax.lax.stop_gradient(free), moved)
+            return outer_value(problem, params, constraints.to_natural(moved), batch, model_state)
+
+        if not self.entropy:
+            grads, (value, metrics) = jax.grad(_aux_too(lambda u: outer(free, u, valid)), has_aux=True)(free)
+            return Judged(value, metrics, grads, jnp.zeros_like(state.raw))
+        value, metrics = outer(free, free, valid)
+        noise = self.noise(key, state.raw.size, state.raw.dtype)
+
+        def objective(u, raw):
+            def one(rows, z):
+                return outer(free, shifted(constraints, u, jax.nn.softplus(raw) * z), rows)[0]
+
+            return self.mean(one, valid, noise) - self.entropy * jnp.sum(jnp.log(jax.nn.softplus(raw)))
+
+        return Judged(value, metrics, *jax.grad(objective, argnums=(0, 1))(free, state.raw))
+
+    def after(self, state: Scales, gradient, relative: jax.Array) -> Scales:
+        """The scales after a step; ``relative``: sizes of the responses to one scale, as shares of params."""
+        warm = state.estimates >= self.warmup
+        raw, optimizer = state.raw, state.optimizer
+        if self.entropy:
+            updates, optimizer = optax.with_extra_args_support(self.optimizer).update(
+                gradient, state.optimizer, raw
+            )
+            raw, optimizer = jax.tree.map(
+                lambda new, old: jnp.where(warm, new, old),
+                (optax.apply_updates(raw, updates), optimizer),
+                (raw, state.optimizer),
+            )
+        gone = warm & (jnp.max(relative) < _VANISHED * min(1.0, self.scale))
+        last = jnp.iinfo(jnp.int32).max - 1
+        return Scales(
+            raw,
+            optimizer,
+            jnp.minimum(state.estimates, last) + 1,
+            jnp.where(gone, jnp.minimum(state.vanished, last) + 1, 0),
+        )
+
+    def stalled(self, state: Scales) -> jax.Array:
+        """Whether the response has vanished, or a scale has run away."""
+        largest = jnp.max(jax.nn.softplus(state.raw))
+        return (state.vanished >= _PATIENCE) | (largest > self.runaway)
+
+    @property
+    def runaway(self) -> float:
+        """A scale that says that nothing holds it."""
+        return _RUNAWAY * max(self.scale, 1.0)
+
+
+class Scales(NamedTuple):
+    """``softplus(raw)`` are the scales, shape (n,), ``optimizer`` the state of what moves them.
+
+    ``vanished``: estimates in a row at which the response was as good as zero.
+    """
+
+    raw: jax.Array
+    optimizer: PyTree
+    estimates: jax.Array
+    vanished: jax.Array
+
+
+class Judged(NamedTuple):
+    """Outer loss and metrics without perturbation, gradients of Eq. (1) by free units and raw scales."""
+
+    value: jax.Array
+    metrics: dict
+    free: PyTree
+    raw: jax.Array
+
+
+def shifted(constraints: BoundConstraints, free, e: jax.Array) -> PyTree:
+    """Hyperparameters in free units moved by a vector, and kept where their constraints allow them."""
+    moved = jax.tree.map(jnp.add, free, responses.tree(constraints, e, free))
+    return constraints.project(moved, free)
+
+
+def relative_sizes(params, response: Response, factor: jax.Array) -> jax.Array:
+    """Norms of the response to each perturbation of size ``factor``, over that of params; shape (n,)."""
+    total = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params)))
+    return responses.sizes(params, response) * factor / jnp.where(total > 0, total, 1)
+
+
+def check(name: str, problem, groups: int) -> None:
+    """Raise where a problem has no inner loss to respond to, or no rows that could be dealt out."""
+    if isinstance(problem, FixedPoint):
+        raise TypeError(
+            f"{name} fits a response to an inner loss, which a FixedPoint does not have; take "
+            "bilevel.implicit(bilevel.gmres())."
+        )
+    if problem.start is not None:
+        raise ValueError(
+            f"{name} fits a response while params train; a problem with start= begins them anew at every "
+            "step. Take bilevel.unrolled()."
+        )
+    if groups > 1 and axes(problem):
+        raise ValueError(
+            f"perturbations={groups} deals out the rows of a batch, and the leading axis of a lifted problem "
+            "belongs to its members; take perturbations=1."
+        )
+
+
+def settings(scale, entropy, perturbations, optimizer, warmup) -> Perturbations:
+    """Checked.
+
+    Raises:
+      TypeError, ValueError: a number out of range, or no optimiser.
+    """
+    entropy = validation.number("entropy", entropy, minimum=0.0)
+    if entropy and optimizer is None:
+        raise TypeError("scales must be an optax optimiser such as optax.adam(1e-2) where entropy is not 0.")
+    return Perturbations(
+        validation.number("scale", scale, positive=True),
+        entropy,
+        validation.whole_number("perturbations", perturbations, 1),
+        optimizer,
+        validation.whole_number("warmup", warmup, 0),
+    )
+
+
+def _aux_too(fn: Callable) -> Callable:
+    """The same, its outputs returned beside the first of them too."""
+
+    def both(*args):
+        out = fn(*args)
+        return out[0], out
+
+    return both
+
+
+def _mean(x):
+    """Over the leading axis; of what is no number, the first."""
+    return jnp.mean(x, 0) if jnp.issubdtype(x.dtype, jnp.floating) else x[0]
+
+
+def _dealt(batch: Batch, groups: int) -> Batch:
+    """Each group's rows, behind a leading axis; keys are split."""
+    rows = data.rows(batch)
+
+    def leaf(path, x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.ndim == 0:
+            return jax.random.split(x, groups)
+        if x.ndim == 0:
+            return jnp.broadcast_to(x, (groups,))
+        if x.shape[0] != rows or rows % groups:
+            raise ValueError(
+                f"perturbations={groups} deals out the rows of a batch, but "
+                f"batch{jax.tree_util.keystr(path)} has {x.shape[0]} rows"
+                f"{'' if x.shape[0] == rows else f', others {rows}'}: take a number that divides the rows of "
+                "train and of valid, or 1."
+            )
+        return jnp.swapaxes(x.reshape(rows // groups, groups, *x.shape[1:]), 0, 1)
+
+    return jax.tree_util.tree_map_with_path(leaf, batch)
+
+
+def _inverse_softplus(value: float) -> float:
+    # ln(e^x - 1), without the overflow.
+    return value + math.log(-math.expm1(-value))
