@@ -24,7 +24,7 @@ import optax
 from bilevel import data, responses, validation
 from bilevel.constraints import BoundConstraints
 from bilevel.lift import axes
-from bilevel.problem import Batch, FixedPoint, PyTree, outer_value
+from bilevel.problem import Batch, FixedPoint, PyTree
 from bilevel.responses import Response
 
 # A response to one scale below this share of params (of a large scale) changes a loss by less than the
@@ -38,11 +38,14 @@ _PATIENCE = 100
 
 @dataclasses.dataclass(frozen=True)
 class Perturbations:
-    """Settings, see `bilevel.best_response`; ``optimizer`` moves the scales."""
+    """Settings, see `bilevel.best_response`; ``optimizer`` moves the scales.
+
+    ``groups``: of rows with a perturbation each; None: a perturbation for every row, of one sign.
+    """
 
     scale: float
     entropy: float
-    groups: int
+    groups: int | None
     optimizer: Any
     warmup: int
 
@@ -58,17 +61,23 @@ class Perturbations:
         Of a mean over g vectors z the matrices z z^T have, in the mean over their squares, a norm of
         (n + 1 + g) / g: the step size that is stable for params would not be for a response to z itself.
         """
+        if self.groups is None:
+            return scale
         return scale * math.sqrt((scale.size + 1 + self.groups) / self.groups)
 
-    def noise(self, key, n: int, dtype) -> jax.Array:
-        """A standard normal vector for each group; shape (groups, n)."""
-        return jax.random.normal(key, (self.groups, n), dtype)
+    def noise(self, key, like: jax.Array, batch: Batch) -> jax.Array:
+        """Standard normal vectors of size and dtype of ``like``; shape (groups or rows, n)."""
+        count = data.rows(batch) if self.groups is None else self.groups
+        return jax.random.normal(key, (count, like.size), like.dtype)
 
     def mean(self, loss: Callable, batch: Batch, noise: jax.Array) -> PyTree:
-        """The mean of ``loss(rows, z)`` over the groups of rows and both signs of their z.
+        """The mean of ``loss(rows, z)`` over the groups of rows and both signs of their z, of shape (n,).
 
-        Batches are dealt out row by row, so that each group has rows of every shard.
+        Batches are dealt out row by row, so that each group has rows of every shard. Where every row has a
+        perturbation the loss takes all of them at once, of shape (rows, n).
         """
+        if self.groups is None:
+            return loss(batch, noise)
 
         def pair(rows, z):
             both = jax.lax.map(lambda sign: loss(rows, sign * z), jnp.array([1, -1], z.dtype))
@@ -79,45 +88,27 @@ class Perturbations:
         dealt = _dealt(batch, self.groups)
         return jax.tree.map(_mean, jax.lax.map(lambda at: pair(*at), (dealt, noise)))
 
-    def judged(
-        self,
-        problem,
-        state: Scales,
-        at: Callable,
-        constraints: BoundConstraints,
-        free,
-        valid,
-        model_state,
-        key,
-    ) -> Judged:
+    def judged(self, state: Scales, outer: Callable, free, valid, key) -> Judged:
         """Eq. (1) and its gradient.
 
         Args:
-          problem: the problem.
           state: of the scales.
-          at: params at perturbed hyperparameters, ``(free, perturbed free) -> params``.
-          constraints: of the problem.
+          outer: ``(free, e, rows) -> (value, metrics)``, with params that respond where ``free`` moves, and
+            hyperparameters perturbed by e, or not where e is None.
           free: hyperparameters.
           valid: the batch of the outer loss.
-          model_state: mutable model state, or None.
           key: of the perturbations.
         """
-
-        def outer(free, moved, batch):
-            params = at(jax.lax.stop_gradient(free), moved)
-            return outer_value(problem, params, constraints.to_natural(moved), batch, model_state)
-
         if not self.entropy:
-            grads, (value, metrics) = jax.grad(_aux_too(lambda u: outer(free, u, valid)), has_aux=True)(free)
+            grads, (value, metrics) = jax.grad(_aux_too(lambda u: outer(u, None, valid)), has_aux=True)(free)
             return Judged(value, metrics, grads, jnp.zeros_like(state.raw))
-        value, metrics = outer(free, free, valid)
-        noise = self.noise(key, state.raw.size, state.raw.dtype)
+        value, metrics = outer(free, None, valid)
+        noise = self.noise(key, state.raw, valid)
 
         def objective(u, raw):
-            def one(rows, z):
-                return outer(free, shifted(constraints, u, jax.nn.softplus(raw) * z), rows)[0]
-
-            return self.mean(one, valid, noise) - self.entropy * jnp.sum(jnp.log(jax.nn.softplus(raw)))
+            scale = jax.nn.softplus(raw)
+            mean = self.mean(lambda rows, z: outer(u, scaled(scale, z), rows)[0], valid, noise)
+            return mean - self.entropy * jnp.sum(jnp.log(scale))
 
         return Judged(value, metrics, *jax.grad(objective, argnums=(0, 1))(free, state.raw))
 
@@ -175,6 +166,11 @@ class Judged(NamedTuple):
     raw: jax.Array
 
 
+def scaled(scale: jax.Array, z: jax.Array) -> jax.Array:
+    """Perturbations: of one group, shape (n,), or of every row, (rows, n)."""
+    return scale.reshape((1,) * (z.ndim - 1) + scale.shape) * z
+
+
 def shifted(constraints: BoundConstraints, free, e: jax.Array) -> PyTree:
     """Hyperparameters in free units moved by a vector, and kept where their constraints allow them."""
     moved = jax.tree.map(jnp.add, free, responses.tree(constraints, e, free))
@@ -187,7 +183,7 @@ def relative_sizes(params, response: Response, factor: jax.Array) -> jax.Array:
     return responses.sizes(params, response) * factor / jnp.where(total > 0, total, 1)
 
 
-def check(name: str, problem, groups: int) -> None:
+def check(name: str, problem, groups: int | None) -> None:
     """Raise where a problem has no inner loss to respond to, or no rows that could be dealt out."""
     if isinstance(problem, FixedPoint):
         raise TypeError(
@@ -199,7 +195,9 @@ def check(name: str, problem, groups: int) -> None:
             f"{name} fits a response while params train; a problem with start= begins them anew at every "
             "step. Take bilevel.unrolled()."
         )
-    if groups > 1 and axes(problem):
+    if groups is None and axes(problem):
+        raise ValueError('perturbations="examples" is for rows of one problem, not for a lifted one.')
+    if groups is not None and groups > 1 and axes(problem):
         raise ValueError(
             f"perturbations={groups} deals out the rows of a batch, and the leading axis of a lifted problem "
             "belongs to its members; take perturbations=1."
@@ -218,7 +216,7 @@ def settings(scale, entropy, perturbations, optimizer, warmup) -> Perturbations:
     return Perturbations(
         validation.number("scale", scale, positive=True),
         entropy,
-        validation.whole_number("perturbations", perturbations, 1),
+        None if perturbations is None else validation.whole_number("perturbations", perturbations, 1),
         optimizer,
         validation.whole_number("warmup", warmup, 0),
     )

@@ -63,6 +63,10 @@ def setting(setting: Any) -> StaticTree:
     return StaticTree.of(setting)
 
 
+# Nothing responds: the model does it by itself.
+NONE = StaticTree.of(False)
+
+
 def first_response(params: Params, n: int, structure: StaticTree, leading: int) -> Response:
     """A response of zero, from which it can be learned.
 
@@ -202,7 +206,7 @@ def _gate_shapes(params: Params, setting: Any, leading: int) -> list[tuple[int, 
             axis = _axis(path, leaf, choice, leading, vectors.get(_parent(path), set()))
             kept = (*range(leading), axis)
             shapes.append(tuple(size if i in kept else 1 for i, size in enumerate(leaf.shape)))
-    if all(shape is None for shape in shapes):
+    if all(shape is None for shape in shapes) and setting is not False:
         raise ValueError("response leaves out all of params: nothing could respond to hparams.")
     return shapes
 

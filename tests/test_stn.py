@@ -14,7 +14,7 @@ import bilevel
 from bilevel import responses
 from bilevel.constraints import bind
 from bilevel.estimators.best_response import _linearised
-from bilevel.methods.stn import _Training
+from bilevel.methods.stn import Perturbed, Training
 from bilevel.problem import Draw, Point
 
 
@@ -154,12 +154,8 @@ def test_finite_perturbations_bias_stn_as_the_closed_form_says():
     args = jnp.asarray(0.0), jnp.asarray(LOG_LAM), jnp.zeros(1), jnp.zeros(1)
     state = method.init(SCALAR, *args, key=jax.random.key(0))
     scale = jax.nn.softplus(state.estimator.scales.raw)
-    origin, unit = method._coordinates(state.constraints, state.free, scale)
-
-    def at(w, response, moved):
-        return responses.moved(w, response, (moved.reshape(1) - origin) / unit)
-
-    training = _Training(SCALAR, method, state.constraints, state.free, scale, at)
+    training = Training(Perturbed(SCALAR, method, state.constraints, state.free, scale))
+    unit = method.noise.unit(scale)
     response = state.estimator.response._replace(gates=(per * p0) * unit)
 
     def loss(w, gates):
@@ -236,20 +232,14 @@ def test_centring_takes_the_size_of_hyperparameters_out_of_the_conditioning():
     problem = bilevel.Problem(lambda w, lam, batch: 0.5 * (w - lam) ** 2, lambda w, lam, batch: w**2)
     args = jnp.asarray(0.0), jnp.asarray(5.0), jnp.zeros(1), jnp.zeros(1)
 
-    def condition(centred, unit=None):
+    def condition(centred, units=1.0):
         method = bilevel.stn(INNER, OUTER, centred=centred, scale=0.5)
         state = method.init(problem, *args, key=jax.random.key(0))
         scale = jax.nn.softplus(state.estimator.scales.raw)
-        origin, own = method._coordinates(state.constraints, state.free, scale)
-        unit = own if unit is None else unit
-
-        def at(w, response, moved):
-            return responses.moved(w, response, (moved.reshape(1) - origin) / unit)
-
-        training = _Training(problem, method, state.constraints, state.free, scale, at)
+        training = Training(Perturbed(problem, method, state.constraints, state.free, scale))
 
         def loss(variables):
-            response = state.estimator.response._replace(gates=variables[1:])
+            response = state.estimator.response._replace(gates=variables[1:] * units)
             return expected(
                 lambda noise: training.loss((variables[0], response), jnp.zeros(1), noise, None)[0]
             )
@@ -257,7 +247,8 @@ def test_centring_takes_the_size_of_hyperparameters_out_of_the_conditioning():
         return np.linalg.cond(jax.hessian(loss)(jnp.zeros(2)))
 
     assert abs(condition(False) - 2754) < 1
-    np.testing.assert_allclose(condition(True, unit=1.0), 4, rtol=1e-6)  # as in the paper
+    in_units_of_one = 0.5 * np.sqrt(3)  # of the paper
+    np.testing.assert_allclose(condition(True, in_units_of_one), 4, rtol=1e-6)
     np.testing.assert_allclose(condition(True), 3, rtol=1e-6)  # in units of the scale
 
 

@@ -47,6 +47,7 @@ from bilevel.problem import (
     PyTree,
     StaticTree,
     inner_value,
+    outer_value,
     unsolved,
 )
 from bilevel.responses import Response
@@ -91,9 +92,10 @@ class BestResponse:
         steps = self.steps or draw.steps
 
         def fit(j, at):
-            noise = self.noise.noise(jax.random.fold_in(key_fit, j), *_like(state.scales.raw))
+            batch = draw(j)
+            noise = self.noise.noise(jax.random.fold_in(key_fit, j), state.scales.raw, batch)
             grad = jax.grad(self.fit_loss, argnums=1)(
-                problem, at.params, point, constraints, free, state.scales, draw(j), noise
+                problem, at.params, point, constraints, free, state.scales, batch, noise
             )
             return along(self.optimizer, at, grad)
 
@@ -101,13 +103,13 @@ class BestResponse:
         response, scale = fitted.params, jax.nn.softplus(state.scales.raw)
         unit = self.noise.unit(scale)
 
-        def at(free, moved):
-            e = responses.vector(constraints, jax.tree.map(jnp.subtract, moved, free))
-            return responses.moved(point.params, response, e / unit)
+        def outer(u, e, rows):
+            moved = u if e is None else shifted(constraints, u, e)
+            away = jax.tree.map(jnp.subtract, moved, free)
+            params = responses.moved(point.params, response, responses.vector(constraints, away) / unit)
+            return outer_value(problem, params, constraints.to_natural(moved), rows, point.model_state)
 
-        judged = self.noise.judged(
-            problem, state.scales, at, constraints, free, valid, point.model_state, key_valid
-        )
+        judged = self.noise.judged(state.scales, outer, free, valid, key_valid)
         relative = perturbations.relative_sizes(point.params, response, scale / unit)
         scales = self.noise.after(state.scales, judged.raw, relative)
         response = responses.rescaled(response, jax.nn.softplus(scales.raw) / scale)
@@ -151,10 +153,6 @@ def _linearised(problem, point, change, hparams, batch):
     outputs, tangent = jax.jvp(lambda w: inner.predict(w, hparams, batch), (point.params,), (change,))
     value = inner.loss(jax.tree.map(jnp.add, outputs, tangent), hparams, batch)
     return value if inner.penalty is None else value + inner.penalty(moved, hparams)
-
-
-def _like(vector) -> tuple:
-    return vector.size, vector.dtype
 
 
 def best_response(

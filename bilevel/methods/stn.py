@@ -28,7 +28,8 @@ from bilevel.constraints import BoundConstraints
 from bilevel.inner_solvers import along
 from bilevel.lift import axes, examples
 from bilevel.methods.alternating import Alternating, AlternatingState, alternating
-from bilevel.perturbations import Perturbations, Scales, relative_sizes, settings, shifted
+from bilevel.nn.response import response as nn_response
+from bilevel.perturbations import Perturbations, Scales, relative_sizes, scaled, settings, shifted
 from bilevel.placement import refuse_explicit
 from bilevel.problem import (
     Counts,
@@ -40,6 +41,7 @@ from bilevel.problem import (
     StaticTree,
     Status,
     inner_value,
+    outer_value,
     register,
     static,
     unsolved,
@@ -116,7 +118,8 @@ class Stn:
         begun = self.method.init(problem, params, hparams, train, valid, key=key, model_state=model_state)
         constraints, w = begun.constraints, begun.point.params
         n = responses.count(constraints, begun.free)
-        response = responses.first_response(w, n, self.structure, axes(problem))
+        structure = responses.NONE if self.noise.groups is None else self.structure
+        response = responses.first_response(w, n, structure, axes(problem))
         dtype = responses.vector(constraints, begun.free).dtype
         opt_state = self.method.inner.init((w, response))
         fields = {field.name: getattr(begun, field.name) for field in dataclasses.fields(begun)}
@@ -137,15 +140,9 @@ class Stn:
         batch = valid.batch(key_valid, state.count)
         constraints, free, scales = state.constraints, state.free, state.estimator.scales
         scale = jax.nn.softplus(scales.raw)
-        # What multiplies the response where hyperparameters in free units are ``moved``.
-        origin, unit = self._coordinates(constraints, free, scale)
-
-        def at(w, response, moved):
-            e = (responses.vector(constraints, moved) - origin) / unit
-            return responses.moved(w, response, e)
-
+        at = Perturbed(problem, self, constraints, free, scale)
         start = Point((state.point.params, state.estimator.response), *_rest(state.point))
-        training = _Training(problem, self, constraints, free, scale, at)
+        training = Training(at)
 
         def trained():
             return jax.lax.fori_loop(0, steps, lambda j, point: training(j, point, draw, key_fit), start)
@@ -153,26 +150,23 @@ class Stn:
         end = trained() if self.method.period == 1 else jax.lax.cond(moves, trained, lambda: start)
         w, response = end.params
         judged = self.noise.judged(
-            problem,
             scales,
-            lambda _, moved: at(w, response, moved),
-            constraints,
+            lambda u, e, rows: outer_value(problem, *at(end.params, u, e), rows, end.model_state),
             free,
             batch,
-            end.model_state,
             key_judge,
         )
-        relative = relative_sizes(w, response, scale / unit)
+        relative = self._relative(w, response, scale)
         after = self.noise.after(scales, judged.raw, relative)
         taken = jnp.where(moves, steps, 0)
         estimate = Estimate(
             value=judged.value,
             grad=jax.vjp(constraints.to_free, state.hparams)[1](judged.free)[0],
-            point=Point(at(w, response, free), (), end.model_state),
+            point=Point(at(end.params, free, None)[0], (), end.model_state),
             error=jnp.full_like(judged.value, jnp.inf),
             counts=Counts(
-                inner_grad=(2 * taken * examples(problem, draw.last)).astype(jnp.float32),
-                outer_grad=jnp.float32((2 if self.noise.entropy else 1) * examples(problem, batch)),
+                inner_grad=(self._signs * taken * examples(problem, draw.last)).astype(jnp.float32),
+                outer_grad=jnp.float32((self._signs if self.noise.entropy else 1) * examples(problem, batch)),
                 hvp=jnp.float32(0),
                 cross=jnp.float32(0),
             ),
@@ -191,7 +185,17 @@ class Stn:
         )
         return new_state, reported(info, self.noise, new_state.estimator.scales, jnp.max(relative))
 
-    def _coordinates(self, constraints: BoundConstraints, free, scale):
+    @property
+    def _signs(self) -> int:
+        return 1 if self.noise.groups is None else 2
+
+    def _relative(self, w, response, scale):
+        """Size of the response to each scale, as a share of params; unknown where the model has its own."""
+        if self.noise.groups is None:
+            return jnp.full_like(scale, jnp.inf)
+        return relative_sizes(w, response, scale / self.noise.unit(scale) if self.centred else scale)
+
+    def coordinates(self, constraints: BoundConstraints, free, scale):
         """Where the response is zero, and its units."""
         vector = responses.vector(constraints, free)
         if self.centred:
@@ -204,31 +208,59 @@ class Stn:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Training:
-    """Eq. (2)."""
+class Perturbed:
+    """What the losses get where hyperparameters, at ``free`` with ``scale``, are moved and perturbed."""
 
     problem: Any
     method: Stn
     constraints: BoundConstraints
     free: PyTree
     scale: jax.Array
-    at: Any
+
+    def __call__(self, variables, u: PyTree, e: jax.Array | None) -> tuple[Params, Any]:
+        """Params and hparams at free units u and perturbations e.
+
+        One for all rows, of shape (n,), moves params by the response; one for each row, (rows, n), is left to
+        the layers of the model.
+        """
+        w, response = variables
+        origin, unit = self.method.coordinates(self.constraints, jax.lax.stop_gradient(self.free), self.scale)
+        if self.method.noise.groups is None:
+            return w, self._of_rows(u, e, origin, unit)
+        moved = u if e is None else shifted(self.constraints, u, e)
+        away = (responses.vector(self.constraints, moved) - origin) / unit
+        return responses.moved(w, response, away), self.constraints.to_natural(moved)
+
+    def _of_rows(self, u, e, origin, unit):
+        away = responses.vector(self.constraints, u) - origin
+        if e is None:  # zero, with a derivative
+            return nn_response(self.constraints.to_natural(u), away / unit)
+        moved = jax.vmap(lambda e: shifted(self.constraints, u, e))(e)
+        return nn_response(jax.vmap(self.constraints.to_natural)(moved), (away[None] + e) / unit[None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Eq. (2)."""
+
+    at: Perturbed
 
     def __call__(self, j, point: Point, draw, key) -> Point:
-        noise = self.method.noise.noise(jax.random.fold_in(key, j), self.scale.size, self.scale.dtype)
-        grad, model_state = jax.grad(self.loss, has_aux=True)(point.params, draw(j), noise, point.model_state)
-        point = dataclasses.replace(point, model_state=model_state)
-        return along(self.method.method.inner, point, grad)
+        """One step."""
+        method, batch = self.at.method, draw(j)
+        noise = method.noise.noise(jax.random.fold_in(key, j), self.at.scale, batch)
+        grad, model_state = jax.grad(self.loss, has_aux=True)(point.params, batch, noise, point.model_state)
+        return along(method.method.inner, dataclasses.replace(point, model_state=model_state), grad)
 
     def loss(self, variables, batch, noise, model_state):
-        """Eq. (2) for given perturbations, of shape (groups, n), and the model state after it."""
+        """Eq. (2) for given perturbations, (groups or rows, n), and the model state after it."""
+        at = self.at
 
         def one(rows, z):
-            moved = shifted(self.constraints, self.free, self.scale * z)
-            params = self.at(*variables, moved)
-            return inner_value(self.problem, params, self.constraints.to_natural(moved), rows, model_state)
+            params, hparams = at(variables, at.free, scaled(at.scale, z))
+            return inner_value(at.problem, params, hparams, rows, model_state)
 
-        return self.method.noise.mean(one, batch, noise)
+        return at.method.noise.mean(one, batch, noise)
 
 
 def _rest(point: Point) -> tuple:
@@ -271,7 +303,7 @@ def stn(
     warmup: int = 0,
     scale: float = 0.5,
     entropy: float = 1e-3,
-    perturbations: int = 1,
+    perturbations: int | str = 1,
     centred: bool = False,
     response: Any = True,
 ) -> Stn:
@@ -327,6 +359,16 @@ def stn(
     validation.kind("outer", outer, "an optax optimiser")
     train_steps = validation.whole_number("train_steps", train_steps, 1)
     valid_steps = validation.whole_number("valid_steps", valid_steps, 1)
-    noise = settings(scale, entropy, perturbations, outer, warmup)
+    centred = validation.flag("centred", centred)
+    if isinstance(perturbations, str):
+        if perturbations != "examples":
+            raise ValueError(f'perturbations must be a whole number or "examples", got {perturbations!r}.')
+        if not centred or response is not True:
+            raise ValueError(
+                'perturbations="examples" is for models that respond by layers of their own, and to '
+                "perturbations alone: it needs centred=True, and no response=."
+            )
+    groups = None if perturbations == "examples" else perturbations
+    noise = settings(scale, entropy, groups, outer, warmup)
     method = alternating(Responding(), inner, outer, train_steps, valid_steps, noise.warmup)
-    return Stn(method, noise, responses.setting(response), validation.flag("centred", centred))
+    return Stn(method, noise, responses.setting(response), centred)

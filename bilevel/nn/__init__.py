@@ -1,0 +1,37 @@
+"""Parts of networks that are tuned: noise with traced strengths, response layers, hypernetworks.
+
+All of it is functions on arrays and dicts. `bilevel.nn.linen` and `bilevel.nn.nnx`, which need flax
+(``pip install 'bilevel[flax]'``) and are imported by name, have the layers as modules.
+"""
+
+from bilevel.nn.images import affine, cutout
+from bilevel.nn.noise import dropout, gaussian_noise
+from bilevel.nn.response import (
+    Response,
+    conv,
+    conv_init,
+    dense,
+    dense_init,
+    embedding,
+    embedding_init,
+    lstm_cell,
+    lstm_init,
+    response,
+)
+
+__all__ = [
+    "Response",
+    "affine",
+    "conv",
+    "conv_init",
+    "cutout",
+    "dense",
+    "dense_init",
+    "dropout",
+    "embedding",
+    "embedding_init",
+    "gaussian_noise",
+    "lstm_cell",
+    "lstm_init",
+    "response",
+]
