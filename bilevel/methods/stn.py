@@ -28,7 +28,7 @@ from bilevel.constraints import BoundConstraints
 from bilevel.inner_solvers import along
 from bilevel.lift import axes, examples
 from bilevel.methods.alternating import Alternating, AlternatingState, alternating
-from bilevel.nn.response import response as nn_response
+from bilevel.nn.layers import response as nn_response
 from bilevel.perturbations import Perturbations, Scales, relative_sizes, scaled, settings, shifted
 from bilevel.placement import refuse_explicit
 from bilevel.problem import (

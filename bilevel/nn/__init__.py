@@ -5,8 +5,7 @@ All of it is functions on arrays and dicts. `bilevel.nn.linen` and `bilevel.nn.n
 """
 
 from bilevel.nn.images import affine, cutout
-from bilevel.nn.noise import dropout, gaussian_noise
-from bilevel.nn.response import (
+from bilevel.nn.layers import (
     Response,
     conv,
     conv_init,
@@ -18,6 +17,7 @@ from bilevel.nn.response import (
     lstm_init,
     response,
 )
+from bilevel.nn.noise import dropout, gaussian_noise
 
 __all__ = [
     "Response",
