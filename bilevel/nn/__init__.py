@@ -4,6 +4,15 @@ All of it is functions on arrays and dicts. `bilevel.nn.linen` and `bilevel.nn.n
 (``pip install 'bilevel[flax]'``) and are imported by name, have the layers as modules.
 """
 
+from bilevel.nn.hypernetwork import (
+    HyperNetwork,
+    RecurrentHyperNetwork,
+    encode,
+    forgetting,
+    from_existing,
+    hypernetwork,
+    recurrent_hypernetwork,
+)
 from bilevel.nn.images import affine, cutout
 from bilevel.nn.layers import (
     Response,
@@ -20,6 +29,8 @@ from bilevel.nn.layers import (
 from bilevel.nn.noise import dropout, gaussian_noise
 
 __all__ = [
+    "HyperNetwork",
+    "RecurrentHyperNetwork",
     "Response",
     "affine",
     "conv",
@@ -30,7 +41,12 @@ __all__ = [
     "dropout",
     "embedding",
     "embedding_init",
+    "encode",
+    "forgetting",
+    "from_existing",
     "gaussian_noise",
+    "hypernetwork",
+    "recurrent_hypernetwork",
     "lstm_cell",
     "lstm_init",
     "response",
