@@ -62,8 +62,8 @@ class Setting:
 
 
 SETTINGS = {
-    "language": Setting((3e-3, 1e-2, 3e-2), 75.0, regularised.RATES),
-    "digits": Setting((1e-3, 3e-3, 1e-2), 45.0, ("input", "first", "second", "hidden")),
+    "language": Setting((3e-3, 1e-2, 3e-2), 50.0, regularised.RATES),
+    "digits": Setting((1e-3, 3e-3, 1e-2), 30.0, ("input", "first", "second", "hidden")),
 }
 PLAIN = "plain"
 OUTER = optax.adam(2e-2)
@@ -313,7 +313,6 @@ def study(
     scale: float = 1.0,
     arms: Sequence[str] = (*SEARCHES, *METHODS),
     say: Callable[[Row], Any] = lambda row: None,
-    **options,
 ) -> list[Row]:
     """All runs; methods first, as what follows them takes their schedule."""
     rows = []
@@ -326,10 +325,9 @@ def study(
     for name in tasks:
         setting = SETTINGS[name]
         seconds = setting.seconds * scale
-        rates = chosen(setting, regularised.TASKS[name](seeds[0], **options), seconds / 4, seeds[0])
-        print(f"  {name}: learning rates {rates}", flush=True)
+        rates = chosen(name, seeds[0], seconds / 4)
         for seed in seeds:
-            task = regularised.TASKS[name](seed, **options)
+            task = regularised.TASKS[name](seed)
             for arm in METHODS:
                 points, path = tuned(task, made(arm, rates[arm]), seconds, seed)
                 row = add(name, arm, seed, None, points, _at_best(points, path), path)
@@ -344,8 +342,10 @@ def study(
     return rows
 
 
-def chosen(setting: Setting, task, seconds: float, seed: int) -> dict[str, float]:
-    """The learning rate of each method and of plain training."""
+@functools.cache
+def chosen(name: str, seed: int, seconds: float) -> dict[str, float]:
+    """The learning rate of each method and of plain training on a task."""
+    task = regularised.TASKS[name](seed)
 
     def reached(arm: str, rate: float) -> float:
         if arm != PLAIN:
@@ -357,9 +357,10 @@ def chosen(setting: Setting, task, seconds: float, seed: int) -> dict[str, float
                 return lowest
         return lowest
 
-    return {
-        arm: min(setting.learning_rates, key=lambda rate: reached(arm, rate)) for arm in (PLAIN, *METHODS)
-    }
+    rates = SETTINGS[name].learning_rates
+    best = {arm: min(rates, key=lambda rate: reached(arm, rate)) for arm in (PLAIN, *METHODS)}
+    print(f"  {name}: learning rates {best}", flush=True)
+    return best
 
 
 def _plain_steps(rows: Sequence[Row], task: str, seed: int) -> float:
@@ -387,7 +388,7 @@ def starts(
     """STN and Delta-STN from several first values of one hyperparameter."""
     rows, setting = [], SETTINGS[task]
     seconds = setting.seconds * scale
-    rates = chosen(setting, regularised.TASKS[task](seed), seconds / 4, seed)
+    rates = chosen(task, seed, seconds / 4)
     for value, arm in itertools.product(values, METHODS):
         points, path = tuned(
             regularised.TASKS[task](seed, {name: value}), made(arm, rates[arm]), seconds, seed
