@@ -3,12 +3,13 @@
 MacKay et al. (2019, arXiv:1903.03088) tune seven hyperparameters of a recurrent language model and fifteen of
 a convolutional network, here smaller ones, on data that a machine has without a download::
 
-    language    two layers of 64 LSTM cells on 256 windows of 48 characters of the manual of Python; dropout
-                of outputs, between layers, of inputs (one mask for all times), of whole characters,
-                DropConnect of the recurrent kernels, and the weights of the two penalties on activations
-         (1) digits      two convolutions and a hidden layer on 8 x 8 images of digits, 150 to train on;
-                dropout of inputs, channels and units, cut-out length and number, rotation, zoom, shift, noise
-                 (2)
+    language    two layers of 64 LSTM cells on 256 windows of 48 characters of the manual of Python;
+                dropout of outputs, between layers, of inputs (one mask for all times), of whole
+                characters, DropConnect of the recurrent kernels, and the weights of the two penalties
+                on activations                                                                     (1)
+    digits      two convolutions and a hidden layer on 8 x 8 images of digits, 150 to train on;
+                dropout of inputs, channels and units, cut-out length and number, rotation, zoom,
+                shift, noise                                                                       (2)
 
 The validation loss has no noise and no penalty: hyperparameters act on it through the weights alone. Masks
 are Bernoulli, lengths and numbers are whole: nothing of that is differentiable.
