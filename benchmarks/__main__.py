@@ -25,7 +25,8 @@ NAMES = (
 # Minutes each; run by name only.
 LONG = (
     "default_method", "kills", "certificates", "robustness", "accuracies", "denoising", "multinomial",
-    "experts_cost", "online_cost", "complexity", "single_loop", "text",
+    "experts_cost", "online_cost", "complexity", "single_loop", "text", "stn_cost", "hypernetworks",
+    "self_tuning",
 )  # fmt: skip
 
 

@@ -60,9 +60,11 @@ class Perturbations:
 
         Of a mean over g vectors z the matrices z z^T have, in the mean over their squares, a norm of
         (n + 1 + g) / g: the step size that is stable for params would not be for a response to z itself.
+        Layers of a model, whose response cannot be rescaled with its units, respond to perturbations as they
+        are.
         """
         if self.groups is None:
-            return scale
+            return jnp.ones_like(scale)
         return scale * math.sqrt((scale.size + 1 + self.groups) / self.groups)
 
     def noise(self, key, like: jax.Array, batch: Batch) -> jax.Array:
@@ -88,25 +90,29 @@ class Perturbations:
         dealt = _dealt(batch, self.groups)
         return jax.tree.map(_mean, jax.lax.map(lambda at: pair(*at), (dealt, noise)))
 
-    def judged(self, state: Scales, outer: Callable, free, valid, key) -> Judged:
+    def judged(
+        self, state: Scales, outer: Callable, constraints: BoundConstraints, free, valid, key
+    ) -> Judged:
         """Eq. (1) and its gradient.
 
         Args:
           state: of the scales.
           outer: ``(free, e, rows) -> (value, metrics)``, with params that respond where ``free`` moves, and
             hyperparameters perturbed by e, or not where e is None.
+          constraints: of the problem; what is fixed has a gradient of zero.
           free: hyperparameters.
           valid: the batch of the outer loss.
           key: of the perturbations.
         """
         if not self.entropy:
-            grads, (value, metrics) = jax.grad(_aux_too(lambda u: outer(u, None, valid)), has_aux=True)(free)
+            at = _aux_too(lambda u: outer(responses.held(constraints, u), None, valid))
+            grads, (value, metrics) = jax.grad(at, has_aux=True)(free)
             return Judged(value, metrics, grads, jnp.zeros_like(state.raw))
         value, metrics = outer(free, None, valid)
         noise = self.noise(key, state.raw, valid)
 
         def objective(u, raw):
-            scale = jax.nn.softplus(raw)
+            u, scale = responses.held(constraints, u), jax.nn.softplus(raw)
             mean = self.mean(lambda rows, z: outer(u, scaled(scale, z), rows)[0], valid, noise)
             return mean - self.entropy * jnp.sum(jnp.log(scale))
 

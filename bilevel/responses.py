@@ -168,16 +168,11 @@ def tree(constraints: BoundConstraints, e: jax.Array, like) -> PyTree:
     return jax.tree.unflatten(constraints.treedef, out)
 
 
-def names(constraints: BoundConstraints, hparams) -> list[str]:
-    """How a user would write each entry of `vector`."""
-    out: list[str] = []
-    paths = jax.tree_util.tree_flatten_with_path(hparams)[0]
-    for (path, leaf), constraint in zip(paths, constraints.leaves, strict=True):
-        if not isinstance(constraint, Fixed):
-            name = "hparams" + jax.tree_util.keystr(path)
-            at = np.ndindex(np.shape(leaf))
-            out += [name + (f"[{', '.join(map(str, i))}]" if i else "") for i in at]
-    return out
+def held(constraints: BoundConstraints, free) -> PyTree:
+    """The same, without a derivative by what is fixed."""
+    leaves = zip(constraints.leaves, constraints.treedef.flatten_up_to(free), strict=True)
+    stopped = [jax.lax.stop_gradient(x) if isinstance(c, Fixed) else x for c, x in leaves]
+    return jax.tree.unflatten(constraints.treedef, stopped)
 
 
 def _tuned(constraints: BoundConstraints, tree) -> list:

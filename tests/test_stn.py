@@ -379,6 +379,35 @@ def test_hyperparameters_behind_stop_gradient_are_taken_and_absent_ones_are_not(
         bilevel.optimize(problem, jnp.zeros(()), {"l2": 0.3, "idle": 1.0}, *data, method, progress=False)
 
 
+def test_what_is_fixed_does_not_move_and_has_no_gradient():
+    problem = bilevel.Problem(
+        lambda w, h, batch: RIDGE.inner(w, h["l2"], batch),
+        lambda w, h, batch: h["weight"] * RIDGE.outer(w, 0.0, batch),
+        constraints={"weight": bilevel.fixed()},
+    )
+    hparams = {"l2": jnp.asarray(0.0), "weight": jnp.asarray(2.0)}
+    w = jnp.asarray(ridge().solution(0.0))
+    for settings in ({}, {"entropy": 1e-3, "scales": OUTER}):
+        estimator = bilevel.best_response(optax.sgd(0.3), 300, scale=1e-3, **settings)
+        est = jax.jit(bilevel.hypergradient(problem, estimator))(w, hparams, *rows(ridge()))
+        assert float(est.grad["weight"]) == 0
+        np.testing.assert_allclose(est.grad["l2"], 2 * ridge().hypergradient(0.0), rtol=1e-3)
+
+
+def test_hyperparameters_at_the_ends_of_a_box_and_on_a_simplex():
+    problem = bilevel.Problem(
+        lambda w, h, batch: RIDGE.inner(w, h["l2"], batch) + 0.1 * jnp.vdot(h["share"], w[:2] ** 2),
+        RIDGE.outer,
+        constraints={"l2": bilevel.box(-2.0, 0.0), "share": bilevel.simplex()},
+    )
+    start = {"l2": np.float64(-1.9), "share": np.full(2, 0.5)}
+    result = bilevel.optimize(
+        problem, np.zeros(20), start, *rows(ridge()), METHODS["delta_stn"], 400, progress=False
+    )
+    assert float(result.hparams["l2"]) == -2.0
+    np.testing.assert_allclose(result.hparams["share"].sum(), 1, rtol=1e-12)
+
+
 # --- Where it runs -----------------------------------------------------------------------------------------
 
 METHODS = {

@@ -109,7 +109,7 @@ class BestResponse:
             params = responses.moved(point.params, response, responses.vector(constraints, away) / unit)
             return outer_value(problem, params, constraints.to_natural(moved), rows, point.model_state)
 
-        judged = self.noise.judged(state.scales, outer, free, valid, key_valid)
+        judged = self.noise.judged(state.scales, outer, constraints, free, valid, key_valid)
         relative = perturbations.relative_sizes(point.params, response, scale / unit)
         scales = self.noise.after(state.scales, judged.raw, relative)
         response = responses.rescaled(response, jax.nn.softplus(scales.raw) / scale)

@@ -141,7 +141,7 @@ class Stn:
         constraints, free, scales = state.constraints, state.free, state.estimator.scales
         scale = jax.nn.softplus(scales.raw)
         at = Perturbed(problem, self, constraints, free, scale)
-        start = Point((state.point.params, state.estimator.response), *_rest(state.point))
+        start = dataclasses.replace(state.point, params=(state.point.params, state.estimator.response))
         training = Training(at)
 
         def trained():
@@ -152,6 +152,7 @@ class Stn:
         judged = self.noise.judged(
             scales,
             lambda u, e, rows: outer_value(problem, *at(end.params, u, e), rows, end.model_state),
+            constraints,
             free,
             batch,
             key_judge,
@@ -261,10 +262,6 @@ class Training:
             return inner_value(at.problem, params, hparams, rows, model_state)
 
         return at.method.noise.mean(one, batch, noise)
-
-
-def _rest(point: Point) -> tuple:
-    return point.opt_state, point.model_state
 
 
 def reported(info: Info, noise: Perturbations, scales: Scales, response) -> Info:
