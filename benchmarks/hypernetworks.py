@@ -4,8 +4,8 @@ A hypernetwork puts out a classifier of 64-32-10 units for a strength of weight 
 between 0 and 1 (1e-5 to 1e-1 on a logarithmic scale); it trains on the loss of random strengths. The claim of
 Gonzalez Ortiz et al. (2024, arXiv:2304.07645) is that the input encoding and the residual form make training
 faster and steadier, with SGD and with Adam. Each optimiser gets the learning rate, of five, with the lowest
-loss in the end for each parametrisation by itself, in the median over seeds; then ten seeds are compared. The loss is that of
-training, penalty included, of which the claim speaks.
+loss in the end for each parametrisation by itself, in the median over seeds; then ten seeds are compared. The
+loss is that of training, penalty included, of which the claim speaks.
 """
 
 from __future__ import annotations

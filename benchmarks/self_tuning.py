@@ -9,12 +9,13 @@ The claims are those of MacKay et al. (2019, arXiv:1903.03088) and of Bae and Gr
 
 Everyone gets the same data, network, first params and inner optimiser, Adam at one of three learning rates:
 STN, Delta-STN and plain training each take the one with the lowest validation loss on the first seed, in a
-quarter of the time. Searches train for as many steps as plain training does in the time, divided by ``TRIALS``,
-one proposal after the other, and look in the lower half of each range, where a person would; the grid has one
-share for all dropouts and one for all other strengths. "start", "final" and "replay" are single plain runs with
-as many training steps as STN took: at the first hyperparameters, at the last ones of STN, along its schedule.
-Every run is judged where its validation loss was lowest. Seconds are CPU seconds of training, without compilation
-and judging: pinned to one core, they are those of an idle machine, whatever else it does.
+quarter of the time. Searches train for as many steps as plain training does in the time, divided by
+``TRIALS``, one proposal after the other, and look in the lower half of each range, where a person would; the
+grid has one share for all dropouts and one for all other strengths. "start", "final" and "replay" are single
+plain runs with as many training steps as STN took: at the first hyperparameters, at the last ones of STN,
+along its schedule. Every run is judged where its validation loss was lowest. Seconds are CPU seconds of
+training, without compilation and judging: pinned to one core, they are those of an idle machine, whatever
+else it does.
 """
 
 from __future__ import annotations
