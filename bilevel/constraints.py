@@ -345,6 +345,11 @@ class BoundConstraints:
         ]
         return jax.tree.unflatten(self.treedef, mask)
 
+    def free_gradient(self, free, estimate):
+        """That of an estimate, in free units."""
+        given = estimate.free_grad
+        return self.pull_back(free, estimate.grad) if given is None else given
+
     def grad_norm(self, free, free_grad):
         """Euclidean norm over all leaves of what a small step can follow; a scalar."""
         reduced = self._map("reduced_gradient", free, free_grad)

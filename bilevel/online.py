@@ -186,7 +186,7 @@ class Online:
     def moved(self, state, params, train, valid, model_state, key) -> OnlineState:
         """Eq. (1) and (2); a result that is not finite moves nothing and is counted."""
         estimate, estimator = self._estimated(state, params, train, valid, model_state, key)
-        grad = self.constraints.pull_back(state.free, estimate.grad)
+        grad = self.constraints.free_gradient(state.free, estimate)
         free, outer = self._outer_update(state, estimate.value, grad)
         grad_norm = self.constraints.grad_norm(state.free, grad)
         # Some optimisers start from an infinite best value: only what was finite can become bad.
@@ -222,8 +222,9 @@ class Online:
             self.problem, self.estimator, self.inner, params, state.hparams, draw(0), valid_batch, model_state
         )
         point = Point(params, state.inner, model_state)
+        units = {"free": state.free} if getattr(self.estimator, "responds", False) else {}
         return self.estimator.estimate(
-            self.problem, state.estimator, point, state.hparams, draw, valid_batch, key
+            self.problem, state.estimator, point, state.hparams, draw, valid_batch, key, **units
         )
 
     def _outer_update(self, state, value, grad):

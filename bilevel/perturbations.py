@@ -52,7 +52,9 @@ class Perturbations:
     def init(self, n: int, dtype) -> Scales:
         """The first scales of n hyperparameters."""
         raw = jnp.full(n, _inverse_softplus(self.scale), dtype)
-        optimizer = self.optimizer.init(raw) if self.entropy else ()
+        optimizer = ()
+        if self.entropy:
+            optimizer = begun("the optimiser of the scales", self.optimizer, raw, "a vector")
         return Scales(raw, optimizer, jnp.int32(0), jnp.int32(0))
 
     def unit(self, scale: jax.Array) -> jax.Array:
@@ -118,20 +120,27 @@ class Perturbations:
 
         return Judged(value, metrics, *jax.grad(objective, argnums=(0, 1))(free, state.raw))
 
-    def after(self, state: Scales, gradient, relative: jax.Array) -> Scales:
-        """The scales after a step; ``relative``: sizes of the responses to one scale, as shares of params."""
+    def after(self, state: Scales, judged: Judged, relative: jax.Array, reads: bool) -> Scales:
+        """The scales after a step.
+
+        Args:
+          state: before it.
+          judged: with the gradient by raw scales.
+          relative: sizes of the responses to one scale, as shares of params.
+          reads: whether the outer loss reads hyperparameters itself, which then act without a response.
+        """
         warm = state.estimates >= self.warmup
         raw, optimizer = state.raw, state.optimizer
         if self.entropy:
             updates, optimizer = optax.with_extra_args_support(self.optimizer).update(
-                gradient, state.optimizer, raw
+                judged.raw, state.optimizer, raw, value=judged.value, grad=judged.raw
             )
             raw, optimizer = jax.tree.map(
                 lambda new, old: jnp.where(warm, new, old),
                 (optax.apply_updates(raw, updates), optimizer),
                 (raw, state.optimizer),
             )
-        gone = warm & (jnp.max(relative) < _VANISHED * min(1.0, self.scale))
+        gone = warm & (not reads) & (jnp.max(relative) < _VANISHED * min(1.0, self.scale))
         last = jnp.iinfo(jnp.int32).max - 1
         return Scales(
             raw,
@@ -210,8 +219,21 @@ def check(name: str, problem, groups: int | None) -> None:
         )
 
 
-def settings(scale, entropy, perturbations, optimizer, warmup) -> Perturbations:
-    """Checked.
+def begun(name: str, optimizer, tree: PyTree, what: str) -> PyTree:
+    """The first state of an optax optimiser; ValueError where it expects another tree."""
+    try:
+        return optimizer.init(tree)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name} is applied to {what}, and failed to begin ({type(error).__name__}: {why:.200}). "
+            "One that treats parts of a tree by name (optax.masked, optax.multi_transform) does not fit "
+            "here; for the scales another one may be given, scales=optax.adam(1e-2)."
+        ) from error
+
+
+def settings(scale, entropy, perturbations, optimizer, warmup, examples: bool = False) -> Perturbations:
+    """Checked; ``examples``: whether a perturbation for every row may be asked for.
 
     Raises:
       TypeError, ValueError: a number out of range, or no optimiser.
@@ -219,10 +241,18 @@ def settings(scale, entropy, perturbations, optimizer, warmup) -> Perturbations:
     entropy = validation.number("entropy", entropy, minimum=0.0)
     if entropy and optimizer is None:
         raise TypeError("scales must be an optax optimiser such as optax.adam(1e-2) where entropy is not 0.")
+    if optimizer is not None:
+        validation.kind("scales", optimizer, "an optax optimiser")
+    groups = None
+    if isinstance(perturbations, str) and examples:
+        if perturbations != "examples":
+            raise ValueError(f'perturbations must be a whole number or "examples", got {perturbations!r}.')
+    else:
+        groups = validation.whole_number("perturbations", perturbations, 1)
     return Perturbations(
         validation.number("scale", scale, positive=True),
         entropy,
-        None if perturbations is None else validation.whole_number("perturbations", perturbations, 1),
+        groups,
         optimizer,
         validation.whole_number("warmup", warmup, 0),
     )

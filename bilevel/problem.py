@@ -397,7 +397,8 @@ class Estimate:
     constants), "residual" (relative residual of the linear solve, measured), "none" (``inf``).
     ``value_error``: upper bound on the distance of ``value`` from F, where there is one. ``counts``: examples
     touched. ``solve``: the linear solve. ``metrics``: of the outer loss. ``settled``: whether a small
-    ``grad`` says that the run has converged; not while a running solution is still far off.
+    ``grad`` says that the run has converged; not while a running solution is still far off. ``free_grad``:
+    the gradient in free units, of an estimator that works in them; None: that of ``grad`` pulled back.
     """
 
     value: jax.Array
@@ -409,6 +410,7 @@ class Estimate:
     metrics: dict = dataclasses.field(default_factory=dict)
     value_error: Any = math.inf
     settled: Any = True
+    free_grad: HParams = None
     error_kind: str = static(default=NONE)
 
     @property

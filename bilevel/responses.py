@@ -63,10 +63,6 @@ def setting(setting: Any) -> StaticTree:
     return StaticTree.of(setting)
 
 
-# Nothing responds: the model does it by itself.
-NONE = StaticTree.of(False)
-
-
 def first_response(params: Params, n: int, structure: StaticTree, leading: int) -> Response:
     """A response of zero, from which it can be learned.
 
@@ -92,6 +88,12 @@ def first_response(params: Params, n: int, structure: StaticTree, leading: int) 
         whole = shape is None or shape == leaf.shape
         kernels.append(None if whole else _first_kernel(leaf, shape, i))
     return Response(jax.tree.unflatten(treedef, gates), jax.tree.unflatten(treedef, kernels))
+
+
+def no_response(params: Params) -> Response:
+    """That of params whose model responds by layers of its own."""
+    nothing = jax.tree.map(lambda leaf: None, params)
+    return Response(nothing, nothing)
 
 
 def _first_kernel(leaf, shape, i: int):
@@ -146,8 +148,11 @@ def sizes(params: Params, response: Response) -> jax.Array:
 
 
 def count(constraints: BoundConstraints, hparams) -> int:
-    """Numbers in the hyperparameters that are tuned."""
-    return sum(math.prod(jnp.shape(leaf)) for leaf in _tuned(constraints, hparams))
+    """Numbers in the hyperparameters that are tuned; ValueError where there is none."""
+    n = sum(math.prod(jnp.shape(leaf)) for leaf in _tuned(constraints, hparams))
+    if not n:
+        raise ValueError("hparams: all are bilevel.fixed(), so that there is nothing to respond to.")
+    return n
 
 
 def vector(constraints: BoundConstraints, free) -> jax.Array:
@@ -201,7 +206,7 @@ def _gate_shapes(params: Params, setting: Any, leading: int) -> list[tuple[int, 
             axis = _axis(path, leaf, choice, leading, vectors.get(_parent(path), set()))
             kept = (*range(leading), axis)
             shapes.append(tuple(size if i in kept else 1 for i, size in enumerate(leaf.shape)))
-    if all(shape is None for shape in shapes) and setting is not False:
+    if all(shape is None for shape in shapes):
         raise ValueError("response leaves out all of params: nothing could respond to hparams.")
     return shapes
 

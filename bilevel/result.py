@@ -182,7 +182,7 @@ class Result:
 
         result_file.save(self, path)
 
-    def schedule(self, name: Any = None, inner_steps: int = 1) -> Schedule:
+    def schedule(self, name: Any = None, inner_steps: float = 1) -> Schedule:
         """The path of one hyperparameter over the run, to be followed by another training run.
 
         Args:

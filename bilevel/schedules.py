@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import validation
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
@@ -31,19 +33,27 @@ class Schedule:
     steps: np.ndarray
     values: np.ndarray
 
+    def __post_init__(self):
+        steps, values = np.asarray(self.steps), np.asarray(self.values)
+        if steps.ndim != 1 or not steps.size or np.any(np.diff(steps) <= 0):
+            raise ValueError(f"steps must be a vector of increasing numbers, got {steps!r:.80}.")
+        if values.shape[:1] != steps.shape:
+            raise ValueError(f"values must have a row for each of {steps.size} steps, got {values.shape}.")
+
     def __call__(self, step) -> jax.Array:
         """The value at a training step, which may be traced."""
         values = jnp.asarray(self.values)
-        steps = jnp.asarray(self.steps, values.dtype)
-        at = jnp.clip(jnp.asarray(step).astype(values.dtype), steps[0], steps[-1])
+        dtype = jnp.promote_types(values.dtype, jnp.float32)  # steps count far
+        steps = jnp.asarray(self.steps, dtype)
+        at = jnp.clip(jnp.asarray(step).astype(dtype), steps[0], steps[-1])
         i = jnp.clip(jnp.searchsorted(steps, at, side="right") - 1, 0, max(len(self.steps) - 2, 0))
         j = jnp.minimum(i + 1, len(self.steps) - 1)
         width = jnp.where(steps[j] > steps[i], steps[j] - steps[i], 1)
         share = (at - steps[i]) / width
-        return values[i] + share * (values[j] - values[i])
+        return (values[i] + share * (values[j] - values[i])).astype(values.dtype)
 
 
-def schedule_of(trajectory, name: Any, inner_steps: int) -> Schedule:
+def schedule_of(trajectory, name: Any, inner_steps: float) -> Schedule:
     """See `bilevel.Result.schedule`.
 
     Raises:
@@ -64,6 +74,7 @@ def schedule_of(trajectory, name: Any, inner_steps: int) -> Schedule:
             f"schedule: of {wanted}, which has very many entries, only quantiles were kept over time. Record "
             "it by a callback."
         )
+    inner_steps = validation.number("inner_steps", inner_steps, positive=True)
     return Schedule(inner_steps * np.asarray(trajectory.steps), np.asarray(paths[i][1]))
 
 

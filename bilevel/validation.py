@@ -673,6 +673,54 @@ def _influence(problem, inner, blind: str | None, tree, shapes) -> None:
         )
 
 
+def outer_reads(problem, params, hparams, valid_batch, model_state) -> bool:
+    """Whether the outer loss depends on tuned hyperparameters otherwise than through params; from shapes."""
+    args = (params, hparams, valid_batch, model_state)
+    leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, args))
+    return _outer_reads(problem, treedef, tuple(leaves))
+
+
+@functools.lru_cache(maxsize=64)
+def _outer_reads(problem, tree, shapes) -> bool:
+    params, hparams, valid_batch, model_state = jax.tree.unflatten(tree, shapes)
+    leaves, treedef = jax.tree.flatten(hparams)
+
+    def value(leaves, params, batch, state):
+        return outer_value(problem, params, jax.tree.unflatten(treedef, leaves), batch, state)[0]
+
+    made = jax.make_jaxpr(value)(leaves, params, valid_batch, model_state).jaxpr
+    tuned = tuned_leaves(problem, hparams)
+    return any(enters and moves for enters, moves in zip(_entering(made, len(leaves)), tuned, strict=True))
+
+
+def response_layers(problem, params, given, batch, model_state) -> None:
+    """Raise where the inner loss does not fit a `bilevel.nn.Response`, or no layer of it reads perturbations.
+
+    Args:
+      problem: the problem.
+      params: of the network.
+      given: hyperparameters and perturbations for each row; shapes.
+      batch: of the inner loss; shapes.
+      model_state: mutable model state, or None.
+    """
+    state = (model_state,) if problem.has_state else ()
+    _scalar_loss("inner", problem.inner, (params, given, batch, *state), state)
+
+    def value(eps, params, batch, *state):
+        out = problem.inner(params, dataclasses.replace(given, eps=eps), batch, *state)
+        return out[0] if state else out
+
+    shapes = jax.tree.map(_abstract, (given.eps, params, batch, *state))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), given.hparams)
+    given = dataclasses.replace(given, hparams=zeros)
+    if not _entering(jax.make_jaxpr(value)(*shapes).jaxpr, 1)[0]:
+        raise ValueError(
+            'perturbations="examples" needs a model of response layers, and nothing in inner reads the '
+            "perturbations: call layers of bilevel.nn with the hparams that the loss is given, as in "
+            "nn.dense(params, x, hparams)."
+        )
+
+
 @functools.lru_cache(maxsize=64)
 def _presence(problem, tree, shapes) -> None:
     """Raise ValueError where a tuned hyperparameter enters neither loss, differentiably or not."""

@@ -60,8 +60,11 @@ def test_variance_over_hypernetworks_is_flat_in_the_input():
 def test_the_output_begins_at_an_existing_network():
     network, params = nn.from_existing(MODEL, 1, KEY, hidden=(4,))
     assert jax.tree.structure(network(params, jnp.array([0.5]))) == jax.tree.structure(MODEL)
-    still = params | {"out": jax.tree.map(jnp.zeros_like, params["out"])}
-    np.testing.assert_array_equal(flat(network(still, jnp.array([0.5]))), flat(MODEL))
+    np.testing.assert_array_equal(flat(network(params, jnp.array([0.5]))), flat(MODEL))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MODEL)
+    made = [nn.hypernetwork(half, 1), nn.recurrent_hypernetwork(half, tasks=2)]
+    for of, given in zip(made, (jnp.array([0.5]), 1), strict=True):
+        assert {x.dtype for x in jax.tree.leaves(of(of.init(KEY, half), given))} == {jnp.dtype(jnp.bfloat16)}
     plain = nn.hypernetwork(MODEL, 1, residual=False).init(KEY, MODEL)
     assert not np.any(flat(plain["base"]))
     assert hash(network) == hash(nn.hypernetwork(MODEL, 1, hidden=(4,)))
@@ -106,7 +109,7 @@ def test_chunks_cover_the_parameters_and_begin_at_the_base():
     network = nn.recurrent_hypernetwork(MODEL, tasks=3, chunk=7)
     assert network.chunks == 4  # 25 numbers
     params = network.init(KEY, MODEL)
-    still = params | {"out": {"kernel": jnp.zeros_like(params["out"]["kernel"])}}
+    still = params | {"out": jax.tree.map(jnp.zeros_like, params["out"])}
     np.testing.assert_array_equal(flat(network(still, 2)), flat(MODEL))
     one, two = flat(network(params, 0)), flat(network(params, 1))
     assert np.abs(one - two).max() > 1e-3
@@ -187,6 +190,20 @@ def test_inputs_have_to_be_as_many_as_were_said():
     network, params = nn.from_existing(MODEL, 2, KEY)
     with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
         network(params, jnp.ones(3))
+
+
+def test_a_recurrent_one_is_the_inner_variable_of_a_problem():
+    network = nn.recurrent_hypernetwork({"w": jnp.zeros(2)}, tasks=2, cells=4, chunk=2)
+
+    def loss(params, h, batch):
+        w = [network(params, task)["w"] for task in (0, 1)]
+        return sum(jnp.sum((x - batch.mean() - i) ** 2) + jnp.exp(h) * jnp.sum(x**2) for i, x in enumerate(w))
+
+    problem = bilevel.Problem(loss, lambda p, h, batch: loss(p, -99.0, batch))
+    method = bilevel.alternating(bilevel.one_step(), optax.sgd(0.01), optax.adam(1e-2), inner_steps=1)
+    params = network.init(KEY, {"w": jnp.zeros(2)})
+    result = bilevel.optimize(problem, params, 0.5, jnp.ones(2), jnp.ones(2), method, 10, progress=False)
+    assert np.isfinite(result.history["value"]).all()
 
 
 def test_its_parameters_are_the_inner_variables_of_a_problem():

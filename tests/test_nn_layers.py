@@ -147,21 +147,16 @@ def test_hparams_are_read_by_name_or_by_field():
 
 def test_stn_tunes_a_model_of_response_layers_with_a_perturbation_for_each_row():
     # Ridge regression as a layer of one output, the penalty paid by the weights of each row.
-    def inner(params, log_l2, batch):
+    def inner(params, h, batch):
         a, b = batch
-        residual = nn.dense(params, a, log_l2)[:, 0] - b
-        return 0.5 * jnp.mean(residual**2) + jnp.mean(0.5 * jnp.exp(_value(log_l2)) * _norms(params, log_l2))
+        residual = nn.dense(params, a, h)[:, 0] - b
+        rows = jnp.broadcast_to(jnp.eye(20)[None], (len(a), 20, 20))
+        squares = jnp.sum(nn.dense(params, rows, h) ** 2, (1, 2))
+        return 0.5 * jnp.mean(residual**2) + jnp.mean(0.5 * jnp.exp(h["log_l2"]) * squares)
 
-    def outer(params, log_l2, batch):
+    def outer(params, h, batch):
         a, b = batch
-        return 0.5 * jnp.mean((nn.dense(params, a, log_l2)[:, 0] - b) ** 2)
-
-    def _value(log_l2):
-        return log_l2.hparams if isinstance(log_l2, nn.Response) else log_l2[None]
-
-    def _norms(params, log_l2):
-        rows = jnp.broadcast_to(jnp.eye(20)[None], (len(_value(log_l2)), 20, 20))
-        return jnp.sum(nn.dense(params, rows, log_l2) ** 2, (1, 2))
+        return 0.5 * jnp.mean((nn.dense(params, a, h)[:, 0] - b) ** 2)
 
     params = jax.tree.map(jnp.asarray, nn.dense_init(KEY, 20, 1, 1, bias=False))
     method = bilevel.stn(
@@ -169,14 +164,30 @@ def test_stn_tunes_a_model_of_response_layers_with_a_perturbation_for_each_row()
     )
     problem = bilevel.Problem(inner, outer)
     result = bilevel.optimize(
-        problem, params, np.float64(-1.0), ridge().train, ridge().valid, method, 5000, progress=False
+        problem, params, {"log_l2": -1.0}, ridge().train, ridge().valid, method, 5000, progress=False
     )
-    log_l2 = float(np.mean(result.trajectory.hparams[-500:]))
+    log_l2 = float(np.mean(result.trajectory.hparams["log_l2"][-500:]))
     assert abs(log_l2 - RIDGE_LOG_L2) < 0.25
     assert result.history["inner_grad"][0] == 2 * 40
     np.testing.assert_allclose(
         result.history["value"][-1], RIDGE.outer(result.params["kernel"][:, 0], 0.0, ridge().valid), rtol=0.01
     )
+
+
+def test_models_that_do_not_take_rows_are_told_at_the_start():
+    method = bilevel.stn(optax.sgd(0.1), optax.sgd(0.1), perturbations="examples", centred=True)
+    data = ridge().train, ridge().valid
+
+    def of(inner, hparams):
+        problem = bilevel.Problem(inner, lambda w, h, batch: RIDGE.outer(w, None, batch))
+        bilevel.optimize(problem, np.zeros(20), hparams, *data, method, 3, progress=False)
+
+    with pytest.raises(ValueError, match="nothing in inner reads the perturbations"):
+        of(lambda w, h, batch: RIDGE.inner(w, jnp.mean(h["l2"]), batch), {"l2": 0.0})
+    with pytest.raises(ValueError, match=r"inner must return a scalar, got shape \(40,\)"):
+        of(lambda w, h, batch: RIDGE.inner(w, 0.0, batch) + h["l2"], {"l2": 0.0})
+    with pytest.raises(ValueError, match="by name, and hparams are a bare array"):
+        of(lambda w, h, batch: RIDGE.inner(w, h, batch), 0.0)
 
 
 def test_linen_model_with_dropout_of_each_row():

@@ -78,6 +78,29 @@ def test_unknown_names_say_what_there_is(result, name, part):
         result.schedule(name)
 
 
+def test_long_schedules_in_half_precision_keep_their_steps():
+    half = bilevel.Schedule(np.arange(2000), jnp.linspace(0, 1, 2000).astype(jnp.bfloat16))
+    assert half(1010).dtype == jnp.bfloat16
+    np.testing.assert_allclose(float(half(300)), 0.15, rtol=0.01)
+    np.testing.assert_allclose(float(half(1700)), 0.85, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("steps", "values", "part"),
+    [([2, 1], [0.0, 1.0], "increasing"), ([0, 1], [0.0], "row for each of 2"), ([], [], "increasing")],
+)
+def test_a_schedule_has_increasing_steps_and_a_value_for_each(steps, values, part):
+    with pytest.raises(ValueError, match=part):
+        bilevel.Schedule(np.array(steps), np.array(values))
+
+
+def test_inner_steps_are_a_positive_number(result):
+    with pytest.raises(ValueError, match="inner_steps"):
+        result.schedule("weights", inner_steps=-1)
+    with pytest.raises(TypeError, match="inner_steps"):
+        result.schedule("weights", inner_steps="2")
+
+
 def test_quantiles_and_populations_have_no_schedule():
     method = bilevel.alternating(bilevel.implicit(), optax.sgd(0.3), optax.adam(0.1))
     run = bilevel.optimize(

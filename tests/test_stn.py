@@ -1,5 +1,6 @@
 """Self-tuning networks: closed forms, every kind of hyperparameter, what is refused, how runs end."""
 
+import dataclasses
 import functools
 
 import chex
@@ -487,15 +488,27 @@ def test_params_of_stn_are_the_weights_at_the_hyperparameters():
     np.testing.assert_allclose(info.value, RIDGE.outer(info.params, info.hparams, ridge().valid), rtol=1e-12)
 
 
-def test_members_of_a_population_are_runs_of_their_own():
-    method = bilevel.delta_stn(INNER, OUTER, 2)
-    starts = np.array([-2.0, -1.0])
+@pytest.mark.parametrize("make", [bilevel.stn, bilevel.delta_stn])
+def test_members_of_a_population_are_runs_of_their_own(make):
+    problem = bilevel.Problem(lambda w, h, batch: RIDGE.inner(w, h["a"] + h["b"], batch), RIDGE.outer)
+    starts = {"a": np.array([-2.0, -1.0]), "b": np.array([0.1, 0.2])}
+    data, method = rows(ridge()), make(INNER, OUTER, 2)
+    settings = {"test": ridge().valid, "progress": False}
     together = bilevel.optimize(
-        RIDGE, np.zeros((2, 20)), starts, *rows(ridge()), method, 20,
-        population=bilevel.population(2), progress=False,
-    )  # fmt: skip
+        problem, np.zeros((2, 20)), starts, *data, method, 20, population=bilevel.population(2), **settings
+    )
     assert together.history["value"].shape == (20, 2)
-    assert "largest_scale" in together.member(1).history
+    for i in range(2):
+        member = together.member(i)
+        assert "largest_scale" in member.history
+        test = member.test["last"]["value"]
+        np.testing.assert_allclose(test, RIDGE.outer(member.params, None, ridge().valid), rtol=1e-10)
+        state = member.state
+        np.testing.assert_allclose(member.params, state.params, rtol=1e-10)
+        if make is bilevel.stn:
+            gates = state.estimator.response.gates
+            away = state.free["a"] * gates[0] + state.free["b"] * gates[1]
+            np.testing.assert_allclose(member.params, state.point.params + away, rtol=1e-10)
 
 
 def test_a_lifted_problem_shares_hyperparameters_between_folds():
@@ -546,6 +559,56 @@ def test_a_plateau_ends_as_stalled_with_the_reason():
     assert "start them elsewhere" in result.message
 
 
+@pytest.mark.parametrize("make", [bilevel.stn, bilevel.delta_stn])
+def test_hyperparameters_of_the_outer_loss_alone_are_no_plateau(make):
+    def inner(w, h, batch):
+        return 0.5 * jnp.mean((w - batch) ** 2)
+
+    def outer(w, h, batch):
+        return 0.5 * jnp.mean((w - batch) ** 2) + (h - 3) ** 2
+
+    method = make(INNER, optax.adam(1e-2))
+    start, data = (jnp.ones(()), 0.0), (jnp.ones(4), jnp.ones(4))
+    result = bilevel.optimize(bilevel.Problem(inner, outer), *start, *data, method, 800, progress=False)
+    assert result.status == bilevel.Status.BUDGET
+    assert abs(float(result.hparams) - 3) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("constraint", "free"),
+    [(bilevel.integer(0, 1), -0.45), (bilevel.integer(0, 1), 0.4), (bilevel.interval(0, 0.9), 20.0)],
+)
+def test_the_step_is_that_of_free_units_where_natural_ones_are_rounded(constraint, free):
+    # outer is h itself: its slope is that of the map from free to natural units.
+    def inner(w, h, batch):
+        return 0.5 * jnp.mean((w - h * batch) ** 2)
+
+    problem = bilevel.Problem(inner, lambda w, h, batch: h, constraints=constraint)
+    method = bilevel.delta_stn(INNER, optax.sgd(1.0), entropy=0.0)
+    data = jnp.ones(4), jnp.ones(4)
+    start = constraint.to_natural(jnp.asarray(0.4))
+    state = method.init(problem, jnp.ones(()), start, *data, key=jax.random.key(0))
+    state = dataclasses.replace(state, free=jnp.asarray(free))
+    after, info = jax.jit(functools.partial(method.step, problem))(state, *data)
+    slope = jax.grad(constraint.to_natural)(jnp.asarray(free))
+    np.testing.assert_allclose(info.grad_norm, slope, rtol=1e-9)
+    np.testing.assert_allclose(after.free, free - slope, rtol=1e-9)
+
+
+@pytest.mark.parametrize("hi", [1.0, 2.0])
+def test_at_the_end_of_a_box_the_response_is_to_what_moves(hi):
+    problem = bilevel.Problem(
+        lambda w, h, batch: 0.5 * (w - batch.mean()) ** 2 + 0.5 * h * w**2,
+        lambda w, h, batch: 0.5 * (w - batch.mean()) ** 2,
+        constraints=bilevel.box(0.0, hi),
+    )
+    estimator = bilevel.best_response(optax.sgd(0.2), steps=1500, scale=1e-2)
+    data = jnp.full(2, 2.0), jnp.full(2, 3.0)
+    est = jax.jit(bilevel.hypergradient(problem, estimator))(jnp.asarray(1.0), jnp.asarray(1.0), *data)
+    np.testing.assert_allclose(est.grad, 1.0, rtol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:The hypergradient was exactly zero")
 def test_a_runaway_scale_ends_as_stalled_with_the_reason():
     # Params respond, but not those that the outer loss looks at.
     def inner(params, shift, batch):
@@ -557,8 +620,7 @@ def test_a_runaway_scale_ends_as_stalled_with_the_reason():
     start, data = {"seen": jnp.zeros(()), "unseen": jnp.ones(())}, jnp.ones(2)
     method = bilevel.delta_stn(INNER, optax.adam(0.1), entropy=1e-2, warmup=100)
     problem = bilevel.Problem(inner, outer)
-    with pytest.warns(RuntimeWarning, match="hypergradient was exactly zero"):
-        result = bilevel.optimize(problem, start, 1.0, data, data, method, 5000, progress=False)
+    result = bilevel.optimize(problem, start, 1.0, data, data, method, 5000, progress=False)
     assert result.status == bilevel.Status.STALLED
     assert "run away" in result.message
     assert "Lower entropy=" in result.message
@@ -575,6 +637,25 @@ def test_a_batch_of_nans_is_rejected():
         chex.assert_tree_all_finite((result.params, result.hparams))
 
 
+def test_optimisers_that_know_names_are_told_apart():
+    by_name = optax.multi_transform({"a": optax.sgd(0.1)}, {"l2": "a"})
+    problem = bilevel.Problem(lambda w, h, batch: RIDGE.inner(w["w"], h["l2"], batch), _outer_of_dict)
+    args = problem, {"w": np.zeros(20)}, {"l2": np.float64(-1.0)}, *rows(ridge())
+    for make in (bilevel.stn, bilevel.delta_stn):
+        with pytest.raises(ValueError, match=r"optimiser of the scales is applied to a vector.*scales="):
+            bilevel.optimize(*args, make(INNER, by_name), progress=False)
+        taken = bilevel.optimize(*args, make(INNER, by_name, scales=OUTER), 3, progress=False)
+        assert len(taken.history["value"]) == 3
+        plateau = optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau())
+        bilevel.optimize(*args, make(INNER, plateau), 3, progress=False)
+        with pytest.raises(ValueError, match="failed to begin"):
+            bilevel.optimize(*args, make(optax.adamw(0.1, mask={"w": True}), OUTER), progress=False)
+
+
+def _outer_of_dict(w, h, batch):
+    return RIDGE.outer(w["w"], None, batch)
+
+
 # --- What is refused ---------------------------------------------------------------------------------------
 
 BAD = [
@@ -589,6 +670,9 @@ BAD = [
     (lambda: bilevel.delta_stn(INNER, None), TypeError, ["outer", "optax optimiser", "None"]),
     (lambda: bilevel.best_response(INNER, entropy=1e-3), TypeError, ["scales", "entropy is not 0"]),
     (lambda: bilevel.best_response(None), TypeError, ["optimizer", "optax optimiser"]),
+    (lambda: bilevel.stn(INNER, OUTER, perturbations=None), TypeError, ["perturbations", "whole number"]),
+    (lambda: bilevel.delta_stn(INNER, OUTER, perturbations="examples"), TypeError, ["perturbations"]),
+    (lambda: bilevel.stn(INNER, OUTER, scales=1e-2), TypeError, ["scales", "optax optimiser", "0.01"]),
 ]
 
 
@@ -612,6 +696,12 @@ def _start(hparams, batch, key):
         (RIDGE, {"params": np.arange(20)}, TypeError, ["params", "floating", "int64"]),
         (RIDGE, {"train": (np.zeros((41, 20)), np.zeros(41))}, ValueError, ["perturbations=2", "41 rows"]),
         (RIDGE, {"hparams": np.float64(np.nan)}, ValueError, ["hparams", "finite"]),
+        (
+            bilevel.Problem(RIDGE.inner, RIDGE.outer, constraints=bilevel.fixed()),
+            {},
+            ValueError,
+            ["all are bilevel.fixed()"],
+        ),
     ],
 )
 @pytest.mark.parametrize("name", METHODS)

@@ -79,7 +79,13 @@ class BestResponse:
         n = responses.count(constraints, hparams)
         response = responses.first_response(point.params, n, self.structure, axes(problem))
         dtype = responses.vector(constraints, hparams).dtype
-        return BestResponseState(response, self.optimizer.init(response), self.noise.init(n, dtype))
+        optimizer = perturbations.begun(
+            "the optimiser of the response",
+            self.optimizer,
+            response,
+            "its gates and kernels, trees like params",
+        )
+        return BestResponseState(response, optimizer, self.noise.init(n, dtype))
 
     def estimate(self, problem, state, point, hparams, draw, valid, key, *, free=None):
         """Eq. (1) on the batches of the draw, then Eq. (2).
@@ -111,7 +117,8 @@ class BestResponse:
 
         judged = self.noise.judged(state.scales, outer, constraints, free, valid, key_valid)
         relative = perturbations.relative_sizes(point.params, response, scale / unit)
-        scales = self.noise.after(state.scales, judged.raw, relative)
+        reads = validation.outer_reads(problem, point.params, hparams, valid, point.model_state)
+        scales = self.noise.after(state.scales, judged, relative, reads)
         response = responses.rescaled(response, jax.nn.softplus(scales.raw) / scale)
         _, to_natural = jax.vjp(constraints.to_free, hparams)
         fits = steps * 2 * examples(problem, draw.last)
@@ -119,6 +126,7 @@ class BestResponse:
         estimate = Estimate(
             value=judged.value,
             grad=to_natural(judged.free)[0],
+            free_grad=judged.free,
             point=point,
             error=jnp.full_like(judged.value, jnp.inf),
             counts=Counts(
@@ -137,9 +145,10 @@ class BestResponse:
         scale = jax.nn.softplus(scales.raw)
 
         def loss(rows, z):
-            hparams = constraints.to_natural(shifted(constraints, free, scale * z))
-            change = responses.change(point.params, response, scale * z / self.noise.unit(scale))
-            return _linearised(problem, point, change, hparams, rows)
+            moved = shifted(constraints, free, scale * z)
+            away = responses.vector(constraints, jax.tree.map(jnp.subtract, moved, free))
+            change = responses.change(point.params, response, away / self.noise.unit(scale))
+            return _linearised(problem, point, change, constraints.to_natural(moved), rows)
 
         return self.noise.mean(loss, batch, noise)
 
@@ -204,8 +213,6 @@ def best_response(
     References:
       Bae and Grosse, 2020, arXiv:2010.13514.
     """
-    if scales is not None:
-        validation.kind("scales", scales, "an optax optimiser")
     return BestResponse(
         validation.kind("optimizer", optimizer, "an optax optimiser"),
         None if steps is None else validation.whole_number("steps", steps, 1),

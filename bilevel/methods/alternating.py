@@ -238,7 +238,7 @@ class Alternating:
           renewed: the step would not be the same if it were repeated.
         """
         hparams = state.hparams
-        grad = state.constraints.pull_back(state.free, estimate.grad)
+        grad = state.constraints.free_gradient(state.free, estimate)
         free, outer = self._outer_update(state, estimate.value, grad)
         proposed = dataclasses.replace(
             state, point=end, free=free, estimator=estimator, inner=inner, outer=outer

@@ -77,6 +77,7 @@ def delta_stn(
     entropy: float = 1e-3,
     perturbations: int = 1,
     response: Any = True,
+    scales=None,
 ) -> DeltaStn:
     """Delta-STN on any model: unperturbed params and a centred response, see the module.
 
@@ -95,10 +96,12 @@ def delta_stn(
         stay as they are, and the outer loss is not perturbed.
       perturbations: of a batch, whose rows are dealt out to them, see `bilevel.stn`.
       response: which parts of params respond, see `bilevel.best_response`.
+      scales: the optax optimiser of the scales, which are one vector; default one like ``outer``, which then
+        may not treat hyperparameters by name.
 
     Raises:
       TypeError, ValueError: something of the wrong kind, a number out of range; from ``init``, a response
-        that takes too much memory.
+        that takes too much memory, an optimiser that does not fit.
 
     Example:
       >>> import bilevel, jax.numpy as jnp, optax
@@ -122,6 +125,6 @@ def delta_stn(
     valid_steps = validation.whole_number("valid_steps", valid_steps, 1)
     warmup = validation.whole_number("warmup", warmup, 0)
     estimator = best_response(
-        inner, None, scale, entropy, outer if entropy else None, perturbations, response, warmup
+        inner, None, scale, entropy, (scales or outer) if entropy else None, perturbations, response, warmup
     )
     return DeltaStn(alternating(estimator, inner, outer, train_steps, valid_steps, warmup))

@@ -49,6 +49,7 @@ from bilevel.problem import (
 from bilevel.responses import Response
 
 COLUMNS = ("response", "largest_scale")
+_TOGETHER = "params and response, a pair of trees like params"
 
 
 class Learned(NamedTuple):
@@ -67,11 +68,16 @@ class StnState(AlternatingState):
 
     @property
     def params(self) -> Params:
-        """Eq. (1)."""
+        """Eq. (1); of each member where the state is that of a population."""
         if self.centred:
             return self.point.params
-        response = self.estimator.response
-        return responses.moved(self.point.params, response, responses.vector(self.constraints, self.free))
+
+        def at(w, response, free):
+            return responses.moved(w, response, responses.vector(self.constraints, free))
+
+        for _ in range(self.estimator.scales.raw.ndim - 1):
+            at = jax.vmap(at)
+        return at(self.point.params, self.estimator.response, self.free)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +124,14 @@ class Stn:
         begun = self.method.init(problem, params, hparams, train, valid, key=key, model_state=model_state)
         constraints, w = begun.constraints, begun.point.params
         n = responses.count(constraints, begun.free)
-        structure = responses.NONE if self.noise.groups is None else self.structure
-        response = responses.first_response(w, n, structure, axes(problem))
+        if self.noise.groups is None:
+            batch = data.abstract_batch(data.as_source(train, "train"))
+            check_layers(problem, w, begun.hparams, batch, n, model_state)
+            response = responses.no_response(w)
+        else:
+            response = responses.first_response(w, n, self.structure, axes(problem))
         dtype = responses.vector(constraints, begun.free).dtype
-        opt_state = self.method.inner.init((w, response))
+        opt_state = perturbations.begun("inner", self.method.inner, (w, response), _TOGETHER)
         fields = {field.name: getattr(begun, field.name) for field in dataclasses.fields(begun)}
         fields["point"] = Point(w, opt_state, begun.point.model_state)
         fields["estimator"] = Learned(response, self.noise.init(n, dtype))
@@ -158,11 +168,13 @@ class Stn:
             key_judge,
         )
         relative = self._relative(w, response, scale)
-        after = self.noise.after(scales, judged.raw, relative)
+        reads = validation.outer_reads(problem, *at(end.params, free, None), batch, end.model_state)
+        after = self.noise.after(scales, judged, relative, reads)
         taken = jnp.where(moves, steps, 0)
         estimate = Estimate(
             value=judged.value,
             grad=jax.vjp(constraints.to_free, state.hparams)[1](judged.free)[0],
+            free_grad=judged.free,
             point=Point(at(end.params, free, None)[0], (), end.model_state),
             error=jnp.full_like(judged.value, jnp.inf),
             counts=Counts(
@@ -233,11 +245,13 @@ class Perturbed:
         return responses.moved(w, response, away), self.constraints.to_natural(moved)
 
     def _of_rows(self, u, e, origin, unit):
-        away = responses.vector(self.constraints, u) - origin
+        def away(moved):
+            return (responses.vector(self.constraints, moved) - origin) / unit
+
         if e is None:  # zero, with a derivative
-            return nn_response(self.constraints.to_natural(u), away / unit)
+            return nn_response(self.constraints.to_natural(u), away(u))
         moved = jax.vmap(lambda e: shifted(self.constraints, u, e))(e)
-        return nn_response(jax.vmap(self.constraints.to_natural)(moved), (away[None] + e) / unit[None])
+        return nn_response(jax.vmap(self.constraints.to_natural)(moved), jax.vmap(away)(moved))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +276,21 @@ class Training:
             return inner_value(at.problem, params, hparams, rows, model_state)
 
         return at.method.noise.mean(one, batch, noise)
+
+
+def check_layers(problem, params, hparams, batch, n: int, model_state) -> None:
+    """Raise where the inner loss does not take hyperparameters of every row."""
+    if jax.tree_util.all_leaves([hparams]):
+        raise ValueError(
+            'perturbations="examples" hands the losses hyperparameters by name, and hparams are a bare '
+            'array; put it into a dict, {"name": array}.'
+        )
+    rows = data.rows(batch)
+    every = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *jnp.shape(x)), jnp.result_type(x)), hparams)
+    dtype = jnp.result_type(*jax.tree.leaves(hparams))
+    eps: Any = jax.ShapeDtypeStruct((rows, n), dtype)
+    given = nn_response(every, eps)
+    validation.response_layers(problem, params, given, batch, model_state)
 
 
 def reported(info: Info, noise: Perturbations, scales: Scales, response) -> Info:
@@ -303,6 +332,7 @@ def stn(
     perturbations: int | str = 1,
     centred: bool = False,
     response: Any = True,
+    scales=None,
 ) -> Stn:
     """Self-Tuning Networks on any model: Eq. (1) to (3) of the module.
 
@@ -331,10 +361,12 @@ def stn(
       centred: the response is to perturbations in units of their scales, as in `bilevel.delta_stn`, and not
         to hyperparameters themselves, whose size makes Eq. (2) ill-conditioned.
       response: which parts of params respond, see `bilevel.best_response`.
+      scales: the optax optimiser of the scales, which are one vector; default one like ``outer``, which then
+        may not treat hyperparameters by name.
 
     Raises:
       TypeError, ValueError: something of the wrong kind, a number out of range; from ``init``, a response
-        that takes too much memory.
+        that takes too much memory, an optimiser that does not fit.
 
     Example:
       >>> import bilevel, jax.numpy as jnp, optax
@@ -357,15 +389,11 @@ def stn(
     train_steps = validation.whole_number("train_steps", train_steps, 1)
     valid_steps = validation.whole_number("valid_steps", valid_steps, 1)
     centred = validation.flag("centred", centred)
-    if isinstance(perturbations, str):
-        if perturbations != "examples":
-            raise ValueError(f'perturbations must be a whole number or "examples", got {perturbations!r}.')
-        if not centred or response is not True:
-            raise ValueError(
-                'perturbations="examples" is for models that respond by layers of their own, and to '
-                "perturbations alone: it needs centred=True, and no response=."
-            )
-    groups = None if perturbations == "examples" else perturbations
-    noise = settings(scale, entropy, groups, outer, warmup)
+    noise = settings(scale, entropy, perturbations, scales or outer, warmup, examples=True)
+    if noise.groups is None and (not centred or response is not True):
+        raise ValueError(
+            'perturbations="examples" is for models that respond by layers of their own, and to '
+            "perturbations alone: it needs centred=True, and no response=."
+        )
     method = alternating(Responding(), inner, outer, train_steps, valid_steps, noise.warmup)
     return Stn(method, noise, responses.setting(response), centred)

@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import validation
-from bilevel.nn.layers import lstm_cell, lstm_init
+from bilevel.nn.layers import lstm_step
 from bilevel.problem import Params, PyTree
 
 _SLOPE = 0.01  # of a rectifier on the negative side
@@ -98,7 +98,9 @@ class HyperNetwork:
         for layer in params["hidden"]:
             x = jax.nn.leaky_relu(x @ layer["kernel"] + layer["bias"], _SLOPE)
         return jax.tree.map(
-            lambda base, kernel: base + (x @ kernel).reshape(base.shape), params["base"], params["out"]
+            lambda base, kernel: base + (x @ kernel).reshape(base.shape).astype(base.dtype),
+            params["base"],
+            params["out"],
         )
 
 
@@ -143,7 +145,10 @@ def hypernetwork(
 
 
 def from_existing(params: Params, inputs: int, key, **settings) -> tuple[HyperNetwork, dict]:
-    """A hypernetwork whose output begins near given parameters, and its own parameters.
+    """A hypernetwork whose output begins at given parameters, for all inputs, and its own parameters.
+
+    The last kernels of h are zero at first. (Those of ``init`` are not: there h begins with the variance that
+    the paper gives it, which parameters that are not trained yet can bear.)
 
     Args:
       params: of a network, trained or not.
@@ -152,7 +157,8 @@ def from_existing(params: Params, inputs: int, key, **settings) -> tuple[HyperNe
       settings: further arguments of `hypernetwork`.
     """
     network = hypernetwork(params, inputs, **settings)
-    return network, network.init(key, params)
+    own = network.init(key, params)
+    return network, own | {"out": jax.tree.map(jnp.zeros_like, own["out"])}
 
 
 def _normal(key, shape, fan_out: int):
@@ -184,24 +190,32 @@ class RecurrentHyperNetwork:
         keys = jax.random.split(key, 4)
         flat = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(base)])
         flat = jnp.pad(flat, (0, self.chunks * self.chunk - flat.size))
+        inputs, bound = 2 * self.embedding + self.cells, self.cells**-0.5
         return {
             "tasks": jax.random.normal(keys[0], (self.tasks, self.embedding)),
             "chunks": jax.random.normal(keys[1], (self.chunks, self.embedding)),
-            "cell": lstm_init(keys[2], 2 * self.embedding, self.cells, 0),
-            "out": {"kernel": _normal(keys[3], (self.cells, self.chunk), self.chunk)},
+            "cell": {
+                "kernel": jax.random.uniform(keys[2], (inputs, 4 * self.cells), minval=-bound, maxval=bound),
+                "bias": jnp.zeros(4 * self.cells),
+            },
+            "out": {
+                "kernel": _normal(keys[3], (self.cells, self.chunk), self.chunk),
+                "bias": jnp.zeros(self.chunk),
+            },
             "base": flat.reshape(self.chunks, self.chunk),
         }
 
     def __call__(self, params: dict, task) -> Params:
         """The parameters of the network for a task; its number may be traced."""
         embedding = params["tasks"][task]
-        zero = jnp.zeros((1, self.cells), embedding.dtype)
+        zero = jnp.zeros(self.cells, embedding.dtype)
 
         def step(carry, inputs):
             base, chunk = inputs
-            x = jnp.concatenate([embedding, chunk])[None]
-            carry, state = lstm_cell(params["cell"], carry, x, None)
-            return carry, base + state[0] @ params["out"]["kernel"]
+            x = jnp.concatenate([embedding, chunk, carry[0]])
+            carry, state = lstm_step(x @ params["cell"]["kernel"] + params["cell"]["bias"], carry[1])
+            made = state @ params["out"]["kernel"] + params["out"]["bias"]
+            return carry, base + made.astype(base.dtype)
 
         _, made = jax.lax.scan(step, (zero, zero), (params["base"], params["chunks"]))
         flat, leaves, at = made.reshape(-1), [], 0

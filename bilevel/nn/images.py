@@ -1,8 +1,8 @@
 """Augmentations of images whose strengths are hyperparameters: traced, and one for each image if need be.
 
 Each draws one number for an image and scales it by the strength, so that a strength of zero leaves images as
-they are. Bilinear interpolation is differentiable, and so are `affine` and its kin by their strengths;
-`cutout` is not.
+they are. `affine` is differentiable by its strengths where they are above zero (at zero bilinear
+interpolation has a kink at every pixel: start above it); `cutout` is not.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def affine(images, key, degrees=0.0, scale=0.0, translate=0.0) -> jax.Array:
       TypeError, ValueError: images of another shape, strengths that are not one for each of them.
     """
     images = _images(images)
+    given, images = images.dtype, images.astype(jnp.promote_types(images.dtype, jnp.float32))  # of positions
     count, height, width, _ = images.shape
     strengths = [
         strength_of(name, value, images).reshape(-1)
@@ -44,7 +45,7 @@ def affine(images, key, degrees=0.0, scale=0.0, translate=0.0) -> jax.Array:
         sin, cos = jnp.sin(angle) * zoom, jnp.cos(angle) * zoom
         return _sampled(image, cos * dy - sin * dx + middle[0], sin * dy + cos * dx + middle[1])
 
-    return jax.vmap(one)(images, angle, zoom, shift.T)
+    return jax.vmap(one)(images, angle, zoom, shift.T).astype(given)
 
 
 def cutout(images, length, key, holes=1.0, most_holes: int = 1) -> jax.Array:
@@ -55,7 +56,7 @@ def cutout(images, length, key, holes=1.0, most_holes: int = 1) -> jax.Array:
       length: side of a square in pixels, rounded; a scalar or one for each image.
       key: PRNG key.
       holes: number of squares, rounded; a scalar or one for each image, at most ``most_holes``.
-      most_holes: a Python number, which the shapes of the program depend on.
+      most_holes: a Python number, which the shapes of the program depend on; more are not made.
 
     Raises:
       TypeError, ValueError: images of another shape, lengths that are not one for each of them.

@@ -35,7 +35,9 @@ class Response:
     """Hyperparameters with their perturbations.
 
     ``hparams``: a tree like the user's, natural units; every leaf has a leading axis of rows, but for one
-    perturbation that all rows share. ``eps``: shape (rows, n), or (n,) for all rows.
+    perturbation that all rows share. ``eps``: shape (rows, n), or (n,) for all rows. Entries are read by
+    name, or as fields that are called otherwise than these two; entry i of a leaf that is a vector is ``[...,
+    i]``, with rows and without.
     """
 
     hparams: PyTree
@@ -63,9 +65,9 @@ def response(hparams: PyTree, eps: jax.Array) -> Response:
     Raises:
       ValueError: leaves without as many rows as there are perturbations.
     """
-    if jnp.ndim(eps) not in (1, 2):
+    if len(jnp.shape(eps)) not in (1, 2):
         raise ValueError(f"eps must have shape (rows, n) or (n,), got {jnp.shape(eps)}.")
-    if jnp.ndim(eps) == 2:
+    if len(jnp.shape(eps)) == 2:
         for path, leaf in jax.tree_util.tree_flatten_with_path(hparams)[0]:
             if jnp.shape(leaf)[:1] != eps.shape[:1]:
                 raise ValueError(
@@ -180,7 +182,11 @@ def lstm_cell(params, carry, x, hparams, mask=None) -> tuple[tuple[jax.Array, ja
     if mask is not None:
         masked = {name: mask * recurrent[name] for name in ("kernel", "kernel_response")}
         recurrent = recurrent | masked
-    blocks = dense(params["input"], x, hparams) + dense(recurrent, state, hparams)
+    return lstm_step(dense(params["input"], x, hparams) + dense(recurrent, state, hparams), cell)
+
+
+def lstm_step(blocks, cell) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """The new carry of a cell and its state, from the four blocks of what goes into its gates."""
     forget, into, out, new = jnp.split(blocks, 4, axis=-1)
     cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(into) * jnp.tanh(new)
     state = jax.nn.sigmoid(out) * jnp.tanh(cell)

@@ -16,6 +16,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from bilevel.trees import readable
 
 _KINDS = ("bernoulli", "gaussian")
 
@@ -32,7 +35,7 @@ def dropout(x, rate, key, kind: str = "bernoulli", broadcast_dims: Sequence[int]
       key: PRNG key.
       kind: "bernoulli": entries are zero with probability ``rate``; nothing is differentiated by it.
         "gaussian": entries are multiplied by normal numbers of mean 1 and variance ``rate / (1 - rate)``; a
-        pathwise derivative by the rate is right.
+        pathwise derivative by the rate is right where the rate is above 0, at which it is infinite.
       broadcast_dims: axes along which all entries have the same noise, such as (1, 2) to drop whole channels.
 
     Raises:
@@ -48,12 +51,15 @@ def dropout(x, rate, key, kind: str = "bernoulli", broadcast_dims: Sequence[int]
     if kind not in _KINDS:
         raise ValueError(f'kind must be "bernoulli" or "gaussian", got {kind!r}.')
     x = jnp.asarray(x)
+    if readable(rate) and not np.all((np.asarray(rate) >= 0) & (np.asarray(rate) < 1)):
+        raise ValueError(f"rate must be in [0, 1), got {np.asarray(rate)}.")
     rate = strength_of("rate", rate, x)
     shape = tuple(1 if i in broadcast_dims else size for i, size in enumerate(x.shape))
     if kind == "gaussian":
         return x * (1 + jnp.sqrt(rate / (1 - rate)) * jax.random.normal(key, shape, x.dtype))
-    kept = 1 - jax.lax.stop_gradient(rate)
-    mask = jax.random.uniform(key, shape, x.dtype) < kept
+    kept = 1 - jax.lax.stop_gradient(rate.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    # Drawn and compared in float32 at least: steps of bfloat16 are as large as small rates.
+    mask = jax.random.uniform(key, shape, kept.dtype) < kept
     return x * (mask / kept).astype(x.dtype)
 
 
