@@ -64,6 +64,7 @@ class Setting:
 
 SETTINGS = {
     "language": Setting((3e-3, 1e-2, 3e-2), 50.0, regularised.RATES),
+    "gated": Setting((1e-3, 3e-3, 1e-2), 5.0, ()),
     "digits": Setting((1e-3, 3e-3, 1e-2), 30.0, ("input", "first", "second", "hidden")),
 }
 PLAIN = "plain"

@@ -10,6 +10,8 @@ a convolutional network, here smaller ones, on data that a machine has without a
     digits      two convolutions and a hidden layer on 8 x 8 images of digits, 150 to train on;
                 dropout of inputs, channels and units, cut-out length and number, rotation, zoom,
                 shift, noise                                                                       (2)
+    gated       the two-layer linear network y = s^T Q x of the paper, its training loss with the penalty
+                strength |dy/dx|^2, whose best response is known: hidden units gated by the strength  (3)
 
 The validation loss has no noise and no penalty: hyperparameters act on it through the weights alone. Masks
 are Bernoulli, lengths and numbers are whole: nothing of that is differentiable.
@@ -288,4 +290,68 @@ def _images(path: Path | None) -> tuple[np.ndarray, np.ndarray]:
     return images[..., None].astype(np.float32), labels.astype(np.int32)
 
 
-TASKS: dict[str, Callable[..., RegularisedTask]] = {"language": language, "digits": digits}
+# --- Gated, Eq. (3) ---------------------------------------------------------------------------------------
+
+INPUTS = 16
+
+
+def gated_predict(params, hparams, batch):
+    (x, _), _ = batch
+    return x @ (params["q"] @ params["s"])
+
+
+def gated_loss(outputs, hparams, batch):
+    return jnp.mean((outputs - batch[0][1]) ** 2)
+
+
+def gated_penalty(params, hparams):
+    return hparams["strength"] * jnp.sum((params["q"] @ params["s"]) ** 2)
+
+
+def gated_outer(params, hparams, rows):
+    return gated_loss(gated_predict(params, hparams, (rows, None)), hparams, (rows, None))
+
+
+GATED = bilevel.Problem(
+    bilevel.composite(gated_predict, gated_loss, gated_penalty),
+    gated_outer,
+    constraints={"strength": bilevel.positive()},
+)
+
+
+def gated(seed: int, hparams: dict | None = None, rows=(40, 200, 2000), batch: int = 40) -> RegularisedTask:
+    """Noisy linear data; the seed draws them and the start."""
+    rng = np.random.default_rng(seed)
+    truth = rng.standard_normal(INPUTS) / 4
+
+    def part(count):
+        x = rng.standard_normal((count, INPUTS))
+        arrays = x, x @ truth + rng.standard_normal(count)
+        return tuple(jnp.asarray(a, jnp.float32) for a in arrays)
+
+    train, valid, test = map(part, rows)
+    start = {"q": rng.standard_normal((INPUTS, INPUTS)), "s": rng.standard_normal(INPUTS)}
+    return RegularisedTask(
+        GATED,
+        {name: jnp.asarray(value / INPUTS**0.5, jnp.float32) for name, value in start.items()},
+        {"strength": 1e-3} | (hparams or {}),
+        bilevel.with_rng(bilevel.minibatches(train, batch)),
+        bilevel.minibatches(valid, batch),
+        test,
+    )
+
+
+def gated_optimum(task: RegularisedTask) -> tuple[float, float]:
+    """Lowest validation loss over strengths, in closed form, and the strength."""
+    (x, y), (v, t) = task.train.source.arrays, task.valid.arrays
+
+    def value(strength):
+        w = jnp.linalg.solve(x.T @ x / len(y) + strength * jnp.eye(INPUTS), x.T @ y / len(y))
+        return jnp.mean((v @ w - t) ** 2)
+
+    strengths = jnp.geomspace(1e-4, 1e2, 2000)
+    values = jax.vmap(value)(strengths)
+    return float(values.min()), float(strengths[values.argmin()])
+
+
+TASKS: dict[str, Callable[..., RegularisedTask]] = {"language": language, "digits": digits, "gated": gated}
