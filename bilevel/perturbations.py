@@ -57,17 +57,17 @@ class Perturbations:
             optimizer = begun("the optimiser of the scales", self.optimizer, raw, "a vector")
         return Scales(raw, optimizer, jnp.int32(0), jnp.int32(0))
 
-    def unit(self, scale: jax.Array) -> jax.Array:
-        """Perturbations in these units make a fit by gradients as stiff as params are by themselves.
+    def unit(self, n: int) -> float:
+        """What perturbations are divided by where they multiply a response; it stays as it is.
 
-        Of a mean over g vectors z the matrices z z^T have, in the mean over their squares, a norm of
-        (n + 1 + g) / g: the step size that is stable for params would not be for a response to z itself.
-        Layers of a model, whose response cannot be rescaled with its units, respond to perturbations as they
-        are.
+        At the first scale a fit by gradients is then as stiff as params are by themselves: of a mean over g
+        vectors z the matrices z z^T have, in the mean over their squares, a norm of (n + 1 + g) / g. (Units
+        that follow the scales would keep it so, and drown a response of small scales in the steps of Adam,
+        which are of one size.) Layers of a model respond to perturbations as they are.
         """
         if self.groups is None:
-            return jnp.ones_like(scale)
-        return scale * math.sqrt((scale.size + 1 + self.groups) / self.groups)
+            return 1.0
+        return self.scale * math.sqrt((n + 1 + self.groups) / self.groups)
 
     def noise(self, key, like: jax.Array, batch: Batch) -> jax.Array:
         """Standard normal vectors of size and dtype of ``like``; shape (groups or rows, n)."""

@@ -119,15 +119,6 @@ def moved(params: Params, response: Response, e: jax.Array) -> Params:
     return jax.tree.map(jnp.add, params, change(params, response, e))
 
 
-def rescaled(response: Response, factor: jax.Array) -> Response:
-    """The same response to inputs divided by ``factor``, shape (n,)."""
-
-    def leaf(gates):
-        return gates * factor.reshape(-1, *[1] * (gates.ndim - 1)).astype(gates.dtype)
-
-    return response._replace(gates=jax.tree.map(leaf, response.gates))
-
-
 def sizes(params: Params, response: Response) -> jax.Array:
     """Euclidean norm of the response to each unit perturbation; shape (n,)."""
 

@@ -112,16 +112,6 @@ def test_change_is_the_equation_and_sizes_are_its_norms(outputs, inputs, n):
         np.testing.assert_allclose(size, np.sqrt(sum(np.sum(x**2) for x in unit.values())), rtol=1e-12)
 
 
-def test_rescaled_is_the_same_response_in_other_units():
-    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
-    response, factor = _random(params, 2), jnp.array([0.5, 3.0])
-    e = jnp.array([0.3, -2.0])
-    one = responses.change(params, responses.rescaled(response, factor), e / factor)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), one, responses.change(params, response, e)
-    )
-
-
 def test_one_output_unit_responds_along_one_direction():
     # The limit of expressivity: all hyperparameters rescale the same row.
     params = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((5, 1)))}

@@ -3,14 +3,15 @@
 With params w at hyperparameters u (free units), a response R of `bilevel.responses` is fitted to what
 training would do at hyperparameters nearby, and the outer loss differentiated through it::
 
-    R minimises   E_z inner(w + R z, hparams(u + s z), train),   z standard normal, s the scales          (1)
-    dF/du = d/du outer(w + R s^-1 (u' - u), hparams(u'), valid) at u' = u + s z, in the mean over z       (2)
+    R minimises   E_e inner(w + R e, hparams(u + e), train),   e = s z, z standard normal, s the scales    (1)
+    dF/du = d/du outer(w + R (u' - u), hparams(u'), valid) at u' = u + e, in the mean over e               (2)
 
 Nothing is differentiated by hyperparameters on the training side: rates of Bernoulli masks, strengths of
 augmentations and whole numbers are hyperparameters like others. For an inner loss of known structure,
 `bilevel.composite`, predictions are linear in the response in (1), so that fitting it is a convex problem in
-the perturbed weights: ``predict(w) + J R z``, one forward derivative. R is learned in units of the scales,
-whatever they are, so that its curvature is that of the inner problem.
+the perturbed weights: ``predict(w) + J R e``, one forward derivative. R is learned in units of the first
+scale, in which it is as stiff as params are; with scales that have become much smaller an optimiser like Adam
+is needed, whose steps do not shrink with the gradient.
 
 Cost: for each fitted batch two gradients of the inner loss (two forward derivatives and their reverse where
 it is linearised), and two gradients of the outer loss, or one where ``entropy`` is 0. Memory: R, which is
@@ -54,7 +55,7 @@ from bilevel.responses import Response
 
 
 class BestResponseState(NamedTuple):
-    """The response to perturbations of one scale, its optimiser's state, the scales."""
+    """The response in units of `Perturbations.unit`, its optimiser's state, the scales."""
 
     response: Response
     optimizer: PyTree
@@ -107,7 +108,7 @@ class BestResponse:
 
         fitted = jax.lax.fori_loop(0, steps, fit, Point(state.response, state.optimizer))
         response, scale = fitted.params, jax.nn.softplus(state.scales.raw)
-        unit = self.noise.unit(scale)
+        unit = self.noise.unit(scale.size)
 
         def outer(u, e, rows):
             moved = u if e is None else shifted(constraints, u, e)
@@ -119,7 +120,6 @@ class BestResponse:
         relative = perturbations.relative_sizes(point.params, response, scale / unit)
         reads = validation.outer_reads(problem, point.params, hparams, valid, point.model_state)
         scales = self.noise.after(state.scales, judged, relative, reads)
-        response = responses.rescaled(response, jax.nn.softplus(scales.raw) / scale)
         _, to_natural = jax.vjp(constraints.to_free, hparams)
         fits = steps * 2 * examples(problem, draw.last)
         linear = isinstance(problem.inner, Composite)
@@ -147,7 +147,7 @@ class BestResponse:
         def loss(rows, z):
             moved = shifted(constraints, free, scale * z)
             away = responses.vector(constraints, jax.tree.map(jnp.subtract, moved, free))
-            change = responses.change(point.params, response, away / self.noise.unit(scale))
+            change = responses.change(point.params, response, away / self.noise.unit(scale.size))
             return _linearised(problem, point, change, constraints.to_natural(moved), rows)
 
         return self.noise.mean(loss, batch, noise)

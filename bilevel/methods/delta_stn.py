@@ -58,7 +58,7 @@ class DeltaStn:
         after, info = self.method.step(problem, state, train, valid)
         learned = after.estimator
         scale = jax.nn.softplus(learned.scales.raw)
-        share = scale / self._noise.unit(scale)
+        share = scale / self._noise.unit(scale.size)
         relative = perturbations.relative_sizes(after.point.params, learned.response, share)
         return after, reported(info, self._noise, learned.scales, relative.max())
 

@@ -7,8 +7,8 @@ With hyperparameters u in free units, a response R of `bilevel.responses` and pe
     u, s <- outer update by that of E_z outer(params(u + e), hparams(u + e), valid) - entropy sum ln s   (3)
 
 ``train_steps`` of (2), then ``valid_steps`` of (3), in turn; an outer step here is one of (3), and those of
-(2) come before the first of each round. With ``centred`` the response is to e / s alone, params(u) = w: it
-stays put where u moves, and its curvature does not depend on where u is and how large s.
+(2) come before the first of each round. With ``centred`` the response is to e alone, params(u) = w: it
+stays put where u moves, and its conditioning does not depend on where u is.
 
 References:
   MacKay, Vicol, Lorraine, Duvenaud and Grosse, "Self-tuning networks: bilevel optimization of hyperparameters
@@ -186,8 +186,6 @@ class Stn:
             solve=unsolved(judged.value),
             metrics=judged.metrics,
         )
-        if self.centred:
-            response = responses.rescaled(response, jax.nn.softplus(after.raw) / scale)
         new_state, info = self.method.concluded(
             state,
             estimate,
@@ -206,14 +204,14 @@ class Stn:
         """Size of the response to each scale, as a share of params; unknown where the model has its own."""
         if self.noise.groups is None:
             return jnp.full_like(scale, jnp.inf)
-        return relative_sizes(w, response, scale / self.noise.unit(scale) if self.centred else scale)
+        return relative_sizes(w, response, scale / self.noise.unit(scale.size) if self.centred else scale)
 
     def coordinates(self, constraints: BoundConstraints, free, scale):
         """Where the response is zero, and its units."""
         vector = responses.vector(constraints, free)
         if self.centred:
-            return vector, self.noise.unit(scale)
-        return jnp.zeros_like(vector), jnp.ones_like(scale)
+            return vector, self.noise.unit(scale.size)
+        return jnp.zeros_like(vector), 1.0
 
     def why_stalled(self, row: dict) -> str:
         """The reason, and the argument to change."""
@@ -358,8 +356,8 @@ def stn(
         stay as they are, and the outer loss is not perturbed.
       perturbations: of a batch, whose rows are dealt out to them; each is taken with both signs. The inner
         and the outer loss have to be means over rows (and terms without any) where it is more than 1.
-      centred: the response is to perturbations in units of their scales, as in `bilevel.delta_stn`, and not
-        to hyperparameters themselves, whose size makes Eq. (2) ill-conditioned.
+      centred: the response is to perturbations in units of the first scale, as in `bilevel.delta_stn`, and
+        not to hyperparameters themselves, whose size makes Eq. (2) ill-conditioned.
       response: which parts of params respond, see `bilevel.best_response`.
       scales: the optax optimiser of the scales, which are one vector; default one like ``outer``, which then
         may not treat hyperparameters by name.
