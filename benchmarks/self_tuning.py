@@ -55,24 +55,27 @@ class Setting:
       learning_rates: of Adam on params, to choose from.
       seconds: of each arm.
       rates: names of the dropouts; other hyperparameters are strengths.
+      fit: learning rate of the plain steps that Delta-STN fits its response by, stable for params.
     """
 
     learning_rates: tuple[float, ...]
     seconds: float
     rates: tuple[str, ...]
+    fit: float
 
 
 SETTINGS = {
-    "language": Setting((3e-3, 1e-2, 3e-2), 50.0, regularised.RATES),
-    "gated": Setting((1e-3, 3e-3, 1e-2), 5.0, ()),
-    "digits": Setting((1e-3, 3e-3, 1e-2), 30.0, ("input", "first", "second", "hidden")),
+    "language": Setting((3e-3, 1e-2, 3e-2), 50.0, regularised.RATES, 1.0),
+    "gated": Setting((1e-3, 3e-3, 1e-2), 5.0, (), 0.02),
+    "digits": Setting((1e-3, 3e-3, 1e-2), 30.0, ("input", "first", "second", "hidden"), 0.05),
 }
 PLAIN = "plain"
 OUTER = optax.adam(2e-2)
 TRAIN_STEPS, WARMUP, ENTROPY = 2, 50, 1e-3
+COMMON: dict[str, Any] = {"train_steps": TRAIN_STEPS, "warmup": WARMUP, "entropy": ENTROPY}
 METHODS: dict[str, Callable] = {
-    "stn": lambda inner: bilevel.stn(inner, OUTER, TRAIN_STEPS, warmup=WARMUP, entropy=ENTROPY),
-    "delta_stn": lambda inner: bilevel.delta_stn(inner, OUTER, TRAIN_STEPS, warmup=WARMUP, entropy=ENTROPY),
+    "stn": lambda inner, fit: bilevel.stn(inner, OUTER, **COMMON),
+    "delta_stn": lambda inner, fit: bilevel.delta_stn(inner, OUTER, fit=optax.sgd(fit), **COMMON),
 }
 
 
@@ -147,9 +150,9 @@ def look(task, params, hparams, seconds: float, steps: int) -> Point:
 
 
 @functools.cache
-def made(arm: str, learning_rate: float):
+def made(arm: str, learning_rate: float, fit: float):
     """A method; one and the same for each rate."""
-    return METHODS[arm](adam(learning_rate))
+    return METHODS[arm](adam(learning_rate), fit)
 
 
 @functools.cache
@@ -335,7 +338,7 @@ def study(
         for seed in seeds:
             task = regularised.TASKS[name](seed)
             for arm in METHODS:
-                points, path = tuned(task, made(arm, rates[arm]), seconds, seed)
+                points, path = tuned(task, made(arm, rates[arm], setting.fit), seconds, seed)
                 row = add(name, arm, seed, None, points, _at_best(points, path), path)
                 last = {key: values[-1] for key, values in path.items()}
                 _plain_arms(add, name, task, adam(rates[PLAIN]), seed, row, last)
@@ -355,7 +358,9 @@ def chosen(name: str, seed: int, seconds: float) -> dict[str, float]:
 
     def reached(arm: str, rate: float) -> float:
         if arm != PLAIN:
-            return min(point.valid for point in tuned(task, made(arm, rate), seconds, seed)[0])
+            return min(
+                point.valid for point in tuned(task, made(arm, rate, SETTINGS[name].fit), seconds, seed)[0]
+            )
         lowest = np.inf
         for point in plain(task, adam(rate), held(task.hparams), 10**9, seed):
             lowest = min(lowest, point.valid)
@@ -397,7 +402,7 @@ def starts(
     rates = chosen(task, seed, seconds / 4)
     for value, arm in itertools.product(values, METHODS):
         points, path = tuned(
-            regularised.TASKS[task](seed, {name: value}), made(arm, rates[arm]), seconds, seed
+            regularised.TASKS[task](seed, {name: value}), made(arm, rates[arm], setting.fit), seconds, seed
         )
         rows.append(Row(task, arm, seed, (name, value), points, _at_best(points, path), path))
         say(rows[-1])

@@ -253,6 +253,20 @@ def test_centring_takes_the_size_of_hyperparameters_out_of_the_conditioning():
     np.testing.assert_allclose(condition(True), 3, rtol=1e-6)  # in units of the first scale
 
 
+def test_plain_steps_leave_what_predictions_do_not_see_of_a_response(two_layers):
+    # Of the two-layer network only the product of its layers is seen.
+    x, t = two_layers
+    data, start = (jnp.asarray(x), jnp.asarray(t / 4)), jax.random.normal(jax.random.key(0), (4, 4)) / 2
+    params = {"q": start, "s": start[0]}
+    problem = linear_network(True)
+    sizes = {}
+    for name, fit in {"adam": optax.adam(1e-2), "sgd": optax.sgd(1e-3)}.items():
+        method = bilevel.delta_stn(optax.adam(1e-3), optax.adam(1e-2), 2, warmup=2000, fit=fit)
+        result = bilevel.optimize(problem, params, 0.0, data, data, method, 2000, progress=False)
+        sizes[name] = result.history["response"][-1]
+    assert sizes["adam"] > 3 * sizes["sgd"]
+
+
 # --- Linearised predictions --------------------------------------------------------------------------------
 
 
@@ -669,6 +683,7 @@ BAD = [
     (lambda: bilevel.stn(bilevel.newton(), OUTER), TypeError, ["inner", "optax optimiser"]),
     (lambda: bilevel.delta_stn(INNER, None), TypeError, ["outer", "optax optimiser", "None"]),
     (lambda: bilevel.best_response(INNER, entropy=1e-3), TypeError, ["scales", "entropy is not 0"]),
+    (lambda: bilevel.delta_stn(INNER, OUTER, fit=1e-2), TypeError, ["fit", "optax optimiser", "0.01"]),
     (lambda: bilevel.best_response(None), TypeError, ["optimizer", "optax optimiser"]),
     (lambda: bilevel.stn(INNER, OUTER, perturbations=None), TypeError, ["perturbations", "whole number"]),
     (lambda: bilevel.delta_stn(INNER, OUTER, perturbations="examples"), TypeError, ["perturbations"]),

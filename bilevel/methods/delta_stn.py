@@ -78,6 +78,7 @@ def delta_stn(
     perturbations: int = 1,
     response: Any = True,
     scales=None,
+    fit=None,
 ) -> DeltaStn:
     """Delta-STN on any model: unperturbed params and a centred response, see the module.
 
@@ -86,7 +87,7 @@ def delta_stn(
     (`bilevel.best_response`), and two gradients of the outer loss (one where ``entropy`` is 0).
 
     Args:
-      inner: the optax optimiser of params; another like it fits the response.
+      inner: the optax optimiser of params.
       outer: the optax optimiser of hyperparameters in free units; another like it moves the scales.
       train_steps: steps of params in a round, and fits of the response after them.
       valid_steps: updates of hyperparameters in a round; each is an outer step, and fits the response.
@@ -96,6 +97,9 @@ def delta_stn(
         stay as they are, and the outer loss is not perturbed.
       perturbations: of a batch, whose rows are dealt out to them, see `bilevel.stn`.
       response: which parts of params respond, see `bilevel.best_response`.
+      fit: the optax optimiser of the response; default one like ``inner``. The response of a network is far
+        from unique, and Adam lets what predictions do not see of it walk at random, until the network at
+        perturbed weights is another one: give plain gradient steps, of a rate that is stable for params.
       scales: the optax optimiser of the scales, which are one vector; default one like ``outer``, which then
         may not treat hyperparameters by name.
 
@@ -124,7 +128,8 @@ def delta_stn(
     train_steps = validation.whole_number("train_steps", train_steps, 1)
     valid_steps = validation.whole_number("valid_steps", valid_steps, 1)
     warmup = validation.whole_number("warmup", warmup, 0)
+    fit = inner if fit is None else validation.kind("fit", fit, "an optax optimiser")
     estimator = best_response(
-        inner, None, scale, entropy, (scales or outer) if entropy else None, perturbations, response, warmup
+        fit, None, scale, entropy, (scales or outer) if entropy else None, perturbations, response, warmup
     )
     return DeltaStn(alternating(estimator, inner, outer, train_steps, valid_steps, warmup))
