@@ -209,7 +209,7 @@ def test_linen_model_with_dropout_of_each_row():
     def outer(params, hparams, batch):
         return jnp.mean((net.apply({"params": params}, batch[0], hparams) - batch[1]) ** 2)
 
-    problem = bilevel.Problem(inner, outer, constraints=bilevel.interval(0, 0.9))
+    problem = bilevel.Problem(inner, outer, constraints={"rate": bilevel.interval(0, 0.9)})
     train = bilevel.with_rng(bilevel.minibatches(ridge().train, 20))
     method = bilevel.stn(optax.adam(1e-2), optax.adam(1e-2), perturbations="examples", centred=True)
     result = bilevel.optimize(

@@ -10,8 +10,8 @@ Nothing is differentiated by hyperparameters on the training side: rates of Bern
 augmentations and whole numbers are hyperparameters like others. For an inner loss of known structure,
 `bilevel.composite`, predictions are linear in the response in (1), so that fitting it is a convex problem in
 the perturbed weights: ``predict(w) + J R e``, one forward derivative. R is learned in units of the first
-scale, in which it is as stiff as params are; with scales that have become much smaller an optimiser like Adam
-is needed, whose steps do not shrink with the gradient.
+scale, in which it is as stiff as params are. Plain gradient steps then slow down as the scales shrink; those
+of Adam do not, but let what predictions do not see of R walk at random: on networks take plain ones.
 
 Cost: for each fitted batch two gradients of the inner loss (two forward derivatives and their reverse where
 it is linearised), and two gradients of the outer loss, or one where ``entropy`` is 0. Memory: R, which is

@@ -168,7 +168,7 @@ class Stn:
             key_judge,
         )
         relative = self._relative(w, response, scale)
-        reads = validation.outer_reads(problem, *at(end.params, free, None), batch, end.model_state)
+        reads = validation.outer_reads(problem, w, state.hparams, batch, end.model_state)
         after = self.noise.after(scales, judged, relative, reads)
         taken = jnp.where(moves, steps, 0)
         estimate = Estimate(
