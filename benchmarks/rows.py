@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,7 +177,17 @@ def _read(kind: type, value) -> Any:
 
 def to_line(row: Row) -> str:
     """One line of JSON, with its newline."""
-    return json.dumps({"schema": SCHEMA} | _plain(dataclasses.asdict(row)), allow_nan=False) + "\n"
+    return _line({"schema": SCHEMA} | dataclasses.asdict(row))
+
+
+def save_lines(rows: Iterable[Any], path: Path) -> None:
+    """A line for each of some dataclasses, as strict as rows of a study; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(_line(dataclasses.asdict(row)) for row in rows))
+
+
+def _line(fields: dict) -> str:
+    return json.dumps(_plain(fields), allow_nan=False) + "\n"
 
 
 def _plain(value):

@@ -38,6 +38,7 @@ import optax
 import bilevel
 from benchmarks import self_tuning_report
 from benchmarks.problems import regularised
+from benchmarks.rows import save_lines
 from benchmarks.search import check_optuna
 from bilevel.constraints import Integer, Interval, bind
 
@@ -414,17 +415,11 @@ def _at_best(points: Sequence[Point], path: dict[str, list[float]]) -> dict[str,
     return {name: values[at] for name, values in path.items()}
 
 
-def save(rows: Sequence[Row], path: Path) -> None:
-    """JSON, a line for each run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
-
-
 def load(path: Path) -> list[Row]:
     """The rows of a file."""
 
     def row(fields) -> Row:
-        points = [Point(*point) for point in fields.pop("points")]
+        points = [Point(at, steps, *map(float, rest)) for at, steps, *rest in fields.pop("points")]
         start = fields.pop("start")
         return Row(**fields, points=points, start=start and (start[0], start[1]))
 
@@ -445,7 +440,7 @@ def main(argv: Sequence[str] = ()) -> None:
 
     def say(row: Row) -> None:
         rows.append(row)
-        save(rows, file)
+        save_lines(rows, file)
         best, end = row.best, row.points[-1]
         print(
             f"  {row.task}, {row.arm}, seed {row.seed}{'' if row.start is None else f', from {row.start}'}: "

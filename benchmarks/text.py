@@ -39,6 +39,7 @@ import optax
 import bilevel
 from benchmarks import text_report
 from benchmarks.problems import reviews, text
+from benchmarks.rows import save_lines
 from bilevel.problem import Counts
 
 OUT = Path(__file__).parent / "results" / "text"
@@ -333,21 +334,6 @@ def study(
     return rows
 
 
-def save(rows: Sequence[Row], path: Path) -> None:
-    """JSON, a line for each run; what is not finite is a string."""
-
-    def strict(x):
-        if isinstance(x, float) and not math.isfinite(x):
-            return str(x)
-        return [strict(y) for y in x] if isinstance(x, (tuple, list)) else x
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for row in rows:
-            fields = {name: strict(value) for name, value in dataclasses.asdict(row).items()}
-            file.write(json.dumps(fields, allow_nan=False) + "\n")
-
-
 def load(path: Path) -> list[Row]:
     """The rows of a file."""
 
@@ -375,7 +361,7 @@ def main(argv: Sequence[str] = ()) -> None:
 
     def say(row: Row) -> None:
         rows.append(row)
-        save(rows, args.out / "runs.jsonl")
+        save_lines(rows, args.out / "runs.jsonl")
         end = row.curve[-1]
         print(
             f"  {row.kind}, {row.arm}, seed {row.seed}, rates {row.inner_rate:g} {row.outer_rate:g}: "

@@ -141,13 +141,9 @@ class Perturbations:
                 (raw, state.optimizer),
             )
         gone = warm & (not reads) & (jnp.max(relative) < _VANISHED * min(1.0, self.scale))
-        last = jnp.iinfo(jnp.int32).max - 1
-        return Scales(
-            raw,
-            optimizer,
-            jnp.minimum(state.estimates, last) + 1,
-            jnp.where(gone, jnp.minimum(state.vanished, last) + 1, 0),
-        )
+        estimates = jnp.minimum(state.estimates + 1, self.warmup)
+        vanished = jnp.where(gone, jnp.minimum(state.vanished + 1, _PATIENCE), 0)
+        return Scales(raw, optimizer, estimates, vanished)
 
     def stalled(self, state: Scales) -> jax.Array:
         """Whether the response has vanished, or a scale has run away."""
@@ -163,7 +159,8 @@ class Perturbations:
 class Scales(NamedTuple):
     """``softplus(raw)`` are the scales, shape (n,), ``optimizer`` the state of what moves them.
 
-    ``vanished``: estimates in a row at which the response was as good as zero.
+    ``estimates`` counts up to the end of the warm-up, ``vanished`` those in a row, as far as they matter,
+    at which the response was as good as zero.
     """
 
     raw: jax.Array

@@ -17,6 +17,7 @@ import bilevel
 from benchmarks import text as study
 from benchmarks import text_report as report
 from benchmarks.problems import prose, reviews, text
+from benchmarks.rows import save_lines
 
 SMALL = {"penalty": (16, 16, 16), "cleaning": (16, 16, 16), "representation": (16, 16, 16)}
 
@@ -301,7 +302,7 @@ def test_a_figure_is_drawn(rows, tmp_path):
 
 def test_rows_survive_the_file(rows, tmp_path):
     lost = dataclasses.replace(rows[0], curve=(study.Point(0, 0.0, math.nan, math.inf, 0.0), *rows[0].curve))
-    study.save([*rows, lost], tmp_path / "runs.jsonl")
+    save_lines([*rows, lost], tmp_path / "runs.jsonl")
     *same, last = study.load(tmp_path / "runs.jsonl")
     assert same == rows
     assert math.isnan(last.curve[0].valid)

@@ -235,7 +235,7 @@ class Perturbed:
         the layers of the model.
         """
         w, response = variables
-        origin, unit = self.method.coordinates(self.constraints, jax.lax.stop_gradient(self.free), self.scale)
+        origin, unit = self.method.coordinates(self.constraints, self.free, self.scale)
         if self.method.noise.groups is None:
             return w, self._of_rows(u, e, origin, unit)
         moved = u if e is None else shifted(self.constraints, u, e)
