@@ -20,6 +20,7 @@ from bilevel.feed import Feed
 from bilevel.placement import Placement, put
 from bilevel.populations import Population
 from bilevel.problem import Status
+from bilevel.trees import abstract
 
 
 class Keeper:
@@ -249,7 +250,7 @@ def identity(plan: loop.Plan, arguments: tuple, test, population: Population | N
     """
     params, hparams, key, *sources, model_state = arguments
     train, valid, test = (_unplaced(source) for source in (*sources, test))
-    shapes = jax.tree.map(_shape, (params, hparams, key, train, valid, model_state, test))
+    shapes = jax.tree.map(abstract, (params, hparams, key, train, valid, model_state, test))
     trees = {
         "params": params, "hparams": hparams, "key": key, "train": train, "valid": valid, "test": test,
         "model_state": model_state,
@@ -296,10 +297,6 @@ def _programs_of(plan: loop.Plan, shapes: tuple) -> tuple[Any, Any]:
     begun = loop.compiled_start(plan).trace(*start)
     carry = begun.out_info[0]
     return begun, loop.compiled(plan).trace(carry, np.int32(0), np.float64(0), start[3], start[4], test)
-
-
-def _shape(leaf):
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def _unplaced(source: Any):

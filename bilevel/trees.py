@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def spread(spec, tree, default, is_setting: Callable[[Any], bool], name: str, of: str) -> list:
@@ -53,6 +54,11 @@ def _children(tree) -> dict[str, Any]:
     """One level down, in the order of the leaves; empty for an array."""
     pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
     return {jax.tree_util.keystr(path): child for path, child in pairs if path}
+
+
+def abstract(leaf) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a leaf."""
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def readable(leaf) -> bool:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel.constraints import Fixed, Integer, bind
+from bilevel import influence
+from bilevel.constraints import Integer, bind
 from bilevel.inner_solvers import Tuned, inner_step, optimizer_at, start_point
 from bilevel.problem import (
     Estimator,
@@ -26,7 +27,7 @@ from bilevel.problem import (
     inner_value,
     outer_value,
 )
-from bilevel.trees import readable
+from bilevel.trees import abstract, readable
 
 
 def name_of(path) -> str:
@@ -314,7 +315,7 @@ def _same_tree(name: str, out, expected: tuple, of: str = "what it was given") -
     )
     if not same:
         raise ValueError(
-            f"{name} must return {of}, {describe(jax.tree.map(_abstract, expected))}, got {describe(out)}."
+            f"{name} must return {of}, {describe(jax.tree.map(abstract, expected))}, got {describe(out)}."
         )
 
 
@@ -412,12 +413,6 @@ def finite_losses(inner, outer) -> None:
             )
 
 
-def tuned_leaves(problem: Problem, hparams) -> tuple[bool, ...]:
-    """For each leaf of hparams, whether the problem's constraints let it move."""
-    bound = bind(problem.constraints, hparams)
-    return tuple(not isinstance(constraint, Fixed) for constraint in bound.leaves)
-
-
 def problem_on_data(
     problem, estimator, inner, params, hparams, train_batch, valid_batch, model_state=None
 ) -> tuple[str, ...]:
@@ -444,13 +439,14 @@ def problem_on_data(
     if isinstance(inner, Tuned):
         _check_tuned(inner, params, hparams)
         _check_step(problem, inner, params, hparams, train_batch, model_state, steps)
-    leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, args))
+    leaves, treedef = jax.tree.flatten(jax.tree.map(abstract, args))
     if getattr(estimator, "responds", False):
-        _presence(problem, treedef, tuple(leaves))
+        influence.check_presence(problem, treedef, tuple(leaves))
         return metrics
     _refuse_integer(problem, estimator, hparams)
     blind = None if _sees_start(estimator, steps) else called(estimator)
-    _influence(problem, inner if isinstance(inner, Tuned) else None, blind, treedef, tuple(leaves))
+    acting = inner if isinstance(inner, Tuned) else None
+    influence.check_influence(problem, acting, blind, treedef, tuple(leaves))
     return metrics
 
 
@@ -479,17 +475,13 @@ def metric_names(problem, params, hparams, train_batch, valid_batch, model_state
     if not problem.has_state and model_state is not None:
         raise ValueError("model_state is given, but the problem was made without has_state=True.")
     args = (params, hparams, train_batch, valid_batch, model_state)
-    leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, args))
+    leaves, treedef = jax.tree.flatten(jax.tree.map(abstract, args))
     return _losses(problem, treedef, tuple(leaves))
 
 
 @functools.lru_cache(maxsize=64)
 def _losses(problem, treedef, leaves) -> tuple[str, ...]:
     return losses(problem, *jax.tree.unflatten(treedef, leaves))
-
-
-def _abstract(x):
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 @jax.tree_util.register_static
@@ -528,7 +520,7 @@ def _check_tuned(inner: Tuned, params, hparams) -> None:
         ]
 
     jaxpr = jax.make_jaxpr(tangents)(hparams, params).jaxpr
-    if not all(_is_zero(jaxpr, out) for out in jaxpr.outvars):
+    if not all(influence.is_zero(jaxpr, out) for out in jaxpr.outvars):
         raise ValueError(
             "tuned: the first state of this optimiser holds hyperparameters (optax.inject_hyperparams?), so "
             "that later values would not reach it and their derivative would be lost. Pass them to the "
@@ -544,7 +536,7 @@ def _check_step(problem, inner: Tuned, params, hparams, batch, model_state, step
         return inner_step(problem, inner, point, hparams, batch).params
 
     try:
-        made = jax.eval_shape(step, *jax.tree.map(_abstract, (params, hparams, batch, model_state)))
+        made = jax.eval_shape(step, *jax.tree.map(abstract, (params, hparams, batch, model_state)))
         _same_tree("the step", made, (params,), "params as it was given them")
     except (TypeError, ValueError) as error:
         schedules = [
@@ -605,92 +597,13 @@ def smoothness(problem, params, hparams, valid_batch, model_state=None) -> None:
                 lambda h: outer_value(problem, params, h, batch, state)[0], (hparams,), (tangents,)
             )[1]
 
-        shapes = jax.tree.map(_abstract, (hparams, hparams, params, valid_batch, model_state))
+        shapes = jax.tree.map(abstract, (hparams, hparams, params, valid_batch, model_state))
         made = jax.make_jaxpr(tangent)(*shapes)
-        if not _is_zero(made.jaxpr, made.jaxpr.outvars[0]):
+        if not influence.is_zero(made.jaxpr, made.jaxpr.outvars[0]):
             raise ValueError(
                 "smoothness: outer depends on hparams itself, so that the bound needs direct=, the Lipschitz "
                 "constant in params of its gradient by hparams."
             )
-
-
-def _effects(problem, inner, params, hparams, train, valid, model_state) -> tuple[list, list]:
-    """Everything through which hyperparameters can act: losses and steps, and the start."""
-    acts = [outer_value(problem, params, hparams, valid, model_state)[0]]
-    if isinstance(problem, FixedPoint) or inner is not None:
-        point = start_point(inner, params, model_state, hparams)
-        acts += jax.tree.leaves(inner_step(problem, inner, point, hparams, train).params)
-    else:
-        acts.append(inner_value(problem, params, hparams, train, model_state)[0])
-    if problem.start is None:
-        return acts, []
-    return acts, jax.tree.leaves(problem.start(hparams, train, jax.random.key(0)))
-
-
-@functools.lru_cache(maxsize=64)
-def _influence(problem, inner, blind: str | None, tree, shapes) -> None:
-    """``blind``: the estimator's name, where it sees nothing of the problem's start."""
-    params, hparams, train_batch, valid_batch, model_state = jax.tree.unflatten(tree, shapes)
-    leaves, treedef = jax.tree.flatten(hparams)
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(hparams)[0]]
-    tuned = tuned_leaves(problem, hparams)
-
-    def tangents(i, tangent, leaves, params, train, valid, model_state):
-        def values(leaf):
-            tree = jax.tree.unflatten(treedef, [*leaves[:i], leaf, *leaves[i + 1 :]])
-            return _effects(problem, inner, params, tree, train, valid, model_state)
-
-        return jax.jvp(values, (leaves[i],), (tangent,))[1]
-
-    idle, starts = [], []
-    for i, leaf in enumerate(leaves):
-        if tuned[i]:
-            made, (acts, _) = jax.make_jaxpr(functools.partial(tangents, i), return_shape=True)(
-                leaf, leaves, params, train_batch, valid_batch, model_state
-            )
-            # Zero tangents come out as literals: JAX propagates them symbolically, through jit,
-            # stop_gradient and control flow.
-            zero = [_is_zero(made.jaxpr, out) for out in made.jaxpr.outvars]
-            if all(zero):
-                idle.append("hparams" + name_of(paths[i]))
-            elif all(zero[: len(acts)]):
-                starts.append("hparams" + name_of(paths[i]))
-    if idle:
-        verb = "influences" if len(idle) == 1 else "influence"
-        raise ValueError(
-            f"{', '.join(idle)} {verb} neither inner nor outer, so the hypergradient is zero. A likely "
-            "cause: the loss reads a variable of the surrounding scope (a closure) instead of its "
-            "argument hparams; or it passes through stop_gradient, round or an integer; or it is a setting "
-            "of the inner optimiser, for bilevel.tuned(...) and a trajectory estimator. Drop it from "
-            "hparams, or declare it bilevel.fixed()."
-        )
-    if starts and blind:
-        raise ValueError(
-            f"{', '.join(starts)} {'acts' if len(starts) == 1 else 'act'} through start only, of which "
-            f"{blind}() sees nothing, so that the hypergradient is zero. Take bilevel.unrolled() or "
-            "bilevel.forward() without truncate=, which differentiate every step from the start, or declare "
-            "it bilevel.fixed()."
-        )
-
-
-def outer_reads(problem, params, hparams, valid_batch, model_state) -> bool:
-    """Whether the outer loss depends on tuned hyperparameters otherwise than through params; from shapes."""
-    args = (params, hparams, valid_batch, model_state)
-    leaves, treedef = jax.tree.flatten(jax.tree.map(_abstract, args))
-    return _outer_reads(problem, treedef, tuple(leaves))
-
-
-@functools.lru_cache(maxsize=64)
-def _outer_reads(problem, tree, shapes) -> bool:
-    params, hparams, valid_batch, model_state = jax.tree.unflatten(tree, shapes)
-    leaves, treedef = jax.tree.flatten(hparams)
-
-    def value(leaves, params, batch, state):
-        return outer_value(problem, params, jax.tree.unflatten(treedef, leaves), batch, state)[0]
-
-    made = jax.make_jaxpr(value)(leaves, params, valid_batch, model_state).jaxpr
-    tuned = tuned_leaves(problem, hparams)
-    return any(enters and moves for enters, moves in zip(_entering(made, len(leaves)), tuned, strict=True))
 
 
 def response_layers(problem, params, given, batch, model_state) -> None:
@@ -706,60 +619,14 @@ def response_layers(problem, params, given, batch, model_state) -> None:
     state = (model_state,) if problem.has_state else ()
     _scalar_loss("inner", problem.inner, (params, given, batch, *state), state)
 
-    def value(eps, params, batch, *state):
+    def value(eps, given, params, batch, *state):
         out = problem.inner(params, dataclasses.replace(given, eps=eps), batch, *state)
         return out[0] if state else out
 
-    shapes = jax.tree.map(_abstract, (given.eps, params, batch, *state))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), given.hparams)
-    given = dataclasses.replace(given, hparams=zeros)
-    if not _entering(jax.make_jaxpr(value)(*shapes).jaxpr, 1)[0]:
+    shapes = jax.tree.map(abstract, (given.eps, given, params, batch, *state))
+    if not influence.entering(jax.make_jaxpr(value)(*shapes).jaxpr, 1)[0]:
         raise ValueError(
             'perturbations="examples" needs a model of response layers, and nothing in inner reads the '
             "perturbations: call layers of bilevel.nn with the hparams that the loss is given, as in "
             "nn.dense(params, x, hparams)."
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _presence(problem, tree, shapes) -> None:
-    """Raise ValueError where a tuned hyperparameter enters neither loss, differentiably or not."""
-    params, hparams, train_batch, valid_batch, model_state = jax.tree.unflatten(tree, shapes)
-    leaves, treedef = jax.tree.flatten(hparams)
-
-    def acts(leaves, params, train, valid, model_state):
-        return _effects(problem, None, params, jax.tree.unflatten(treedef, leaves), train, valid, model_state)
-
-    made = jax.make_jaxpr(acts)(leaves, params, train_batch, valid_batch, model_state).jaxpr
-    enters = _entering(made, len(leaves))
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(hparams)[0]]
-    every = zip(paths, enters, tuned_leaves(problem, hparams), strict=True)
-    idle = ["hparams" + name_of(path) for path, enters, tuned in every if tuned and not enters]
-    if idle:
-        raise ValueError(
-            f"{', '.join(idle)} {'enters' if len(idle) == 1 else 'enter'} neither inner nor outer. A likely "
-            "cause: the loss reads a variable of the surrounding scope (a closure) instead of its argument "
-            "hparams. Drop it from hparams, or declare it bilevel.fixed()."
-        )
-
-
-def _entering(jaxpr, inputs: int) -> list[bool]:
-    """For each of the first inputs of a program, whether an output is computed from it."""
-    needed = {id(out) for out in jaxpr.outvars}
-    for eqn in reversed(jaxpr.eqns):
-        if any(id(out) in needed for out in eqn.outvars):
-            inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
-            used = eqn.invars
-            if inner is not None:
-                taken = _entering(inner.jaxpr, len(eqn.invars))
-                used = [var for var, enters in zip(eqn.invars, taken, strict=True) if enters]
-            needed |= {id(var) for var in used}
-    return [id(var) in needed for var in jaxpr.invars[:inputs]]
-
-
-def _is_zero(jaxpr, out) -> bool:
-    if hasattr(out, "val"):
-        return bool(np.all(np.asarray(out.val) == 0))
-    # Zeros of an array shape are broadcast from a literal.
-    made = [eqn for eqn in jaxpr.eqns if out in eqn.outvars and eqn.primitive.name == "broadcast_in_dim"]
-    return bool(made) and _is_zero(jaxpr, made[0].invars[0])

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel import perturbations, responses, validation
+from bilevel import influence, perturbations, responses, validation
 from bilevel.constraints import bind
 from bilevel.inner_solvers import along
 from bilevel.lift import axes, examples
@@ -118,7 +118,7 @@ class BestResponse:
 
         judged = self.noise.judged(state.scales, outer, constraints, free, valid, key_valid)
         relative = perturbations.relative_sizes(point.params, response, scale / unit)
-        reads = validation.outer_reads(problem, point.params, hparams, valid, point.model_state)
+        reads = influence.outer_reads(problem, point.params, hparams, valid, point.model_state)
         scales = self.noise.after(state.scales, judged, relative, reads)
         _, to_natural = jax.vjp(constraints.to_free, hparams)
         fits = steps * 2 * examples(problem, draw.last)

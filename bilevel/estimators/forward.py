@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from bilevel import validation
+from bilevel import influence
 from bilevel.estimators.rollout import TrajectoryEstimator, settings
 
 
@@ -32,7 +32,7 @@ class Forward(TrajectoryEstimator):
         """Eq. (1) from the point given; the point of the estimate is the end of the trajectory."""
         fn = self.outer_at_end(problem, point, draw, valid, key)
         leaves, treedef = jax.tree.flatten(hparams)
-        tuned = validation.tuned_leaves(problem, hparams)
+        tuned = influence.tuned_leaves(problem, hparams)
         flat, unravel = ravel_pytree([x for x, moves in zip(leaves, tuned, strict=True) if moves])
 
         def spread(vector):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel import data, perturbations, responses, validation
+from bilevel import data, influence, perturbations, responses, validation
 from bilevel.constraints import BoundConstraints
 from bilevel.inner_solvers import along
 from bilevel.lift import axes, examples
@@ -168,7 +168,7 @@ class Stn:
             key_judge,
         )
         relative = self._relative(w, response, scale)
-        reads = validation.outer_reads(problem, w, state.hparams, batch, end.model_state)
+        reads = influence.outer_reads(problem, w, state.hparams, batch, end.model_state)
         after = self.noise.after(scales, judged, relative, reads)
         taken = jnp.where(moves, steps, 0)
         estimate = Estimate(
