@@ -55,7 +55,7 @@ class Perturbations:
         optimizer = ()
         if self.entropy:
             optimizer = begun("the optimiser of the scales", self.optimizer, raw, "a vector")
-        return Scales(raw, optimizer, jnp.int32(0), jnp.int32(0))
+        return Scales(raw, optimizer, jnp.int32(0), jnp.int32(0), jnp.zeros((), dtype))
 
     def unit(self, n: int) -> float:
         """What perturbations are divided by where they multiply a response; it stays as it is.
@@ -140,10 +140,11 @@ class Perturbations:
                 (optax.apply_updates(raw, updates), optimizer),
                 (raw, state.optimizer),
             )
-        gone = warm & (not reads) & (jnp.max(relative) < _VANISHED * min(1.0, self.scale))
+        largest = jnp.max(relative).astype(raw.dtype)
+        gone = warm & (not reads) & (largest < _VANISHED * min(1.0, self.scale))
         estimates = jnp.minimum(state.estimates + 1, self.warmup)
         vanished = jnp.where(gone, jnp.minimum(state.vanished + 1, _PATIENCE), 0)
-        return Scales(raw, optimizer, estimates, vanished)
+        return Scales(raw, optimizer, estimates, vanished, largest)
 
     def stalled(self, state: Scales) -> jax.Array:
         """Whether the response has vanished, or a scale has run away."""
@@ -160,13 +161,14 @@ class Scales(NamedTuple):
     """``softplus(raw)`` are the scales, shape (n,), ``optimizer`` the state of what moves them.
 
     ``estimates`` counts up to the end of the warm-up, ``vanished`` those in a row, as far as they matter,
-    at which the response was as good as zero.
+    at which the response was as good as zero; ``response`` is the largest to one scale, as a share of params.
     """
 
     raw: jax.Array
     optimizer: PyTree
     estimates: jax.Array
     vanished: jax.Array
+    response: jax.Array
 
 
 class Judged(NamedTuple):

@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
 from bilevel import perturbations, validation
 from bilevel.estimators.best_response import best_response
 from bilevel.methods.alternating import Alternating, alternating
@@ -56,11 +54,7 @@ class DeltaStn:
     def step(self, problem, state, train, valid):
         """Params, response, then hyperparameters and scales; rejected as a whole where not finite."""
         after, info = self.method.step(problem, state, train, valid)
-        learned = after.estimator
-        scale = jax.nn.softplus(learned.scales.raw)
-        share = scale / self._noise.unit(scale.size)
-        relative = perturbations.relative_sizes(after.point.params, learned.response, share)
-        return after, reported(info, self._noise, learned.scales, relative.max())
+        return after, reported(info, self._noise, after.estimator.scales)
 
     def why_stalled(self, row: dict) -> str:
         """The reason, and the argument to change."""

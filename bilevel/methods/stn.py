@@ -194,16 +194,16 @@ class Stn:
             taken=taken,
             renewed=train.renewed or valid.renewed,
         )
-        return new_state, reported(info, self.noise, new_state.estimator.scales, jnp.max(relative))
+        return new_state, reported(info, self.noise, new_state.estimator.scales)
 
     @property
     def _signs(self) -> int:
         return 1 if self.noise.groups is None else 2
 
     def _relative(self, w, response, scale):
-        """Size of the response to each scale, as a share of params; unknown where the model has its own."""
+        """Size of the response to each scale, as a share of params; where the model has its own, one."""
         if self.noise.groups is None:
-            return jnp.full_like(scale, jnp.inf)
+            return jnp.ones_like(scale)
         return relative_sizes(w, response, scale / self.noise.unit(scale.size) if self.centred else scale)
 
     def coordinates(self, constraints: BoundConstraints, free, scale):
@@ -291,10 +291,12 @@ def check_layers(problem, params, hparams, batch, n: int, model_state) -> None:
     validation.response_layers(problem, params, given, batch, model_state)
 
 
-def reported(info: Info, noise: Perturbations, scales: Scales, response) -> Info:
+def reported(info: Info, noise: Perturbations, scales: Scales) -> Info:
     """With the columns of the history, and the status of a run that gets nowhere."""
     stalled = noise.stalled(scales) & (info.status == Status.RUNNING)
     largest = jnp.max(jax.nn.softplus(scales.raw))
+    # What layers of a model respond is in its params, and not known apart from them.
+    response = jnp.full_like(largest, jnp.inf) if noise.groups is None else scales.response
     return dataclasses.replace(
         info,
         status=jnp.where(stalled, Status.STALLED, info.status).astype(jnp.int32),

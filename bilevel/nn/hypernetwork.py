@@ -113,8 +113,8 @@ def hypernetwork(
     params it goes into a `bilevel.Problem`: its parameters are then the inner variables.
 
     Args:
-      like: parameters of the network, of any model; their shapes count. Those of a trained one, handed to
-        ``init``, are where the output begins.
+      like: parameters of the network, of any model; their shapes count. For those of a trained one take
+        `from_existing`.
       inputs: D.
       hidden: units of the layers of h.
       encoding: E; without it inputs are taken as they are.
