@@ -1,6 +1,6 @@
 """Tune hyperparameters by gradient: bilevel optimisation for JAX, optax and flax."""
 
-from bilevel import imaging
+from bilevel import em, imaging
 from bilevel.argmin import argmin
 from bilevel.check import HypergradientCheck, check_hypergradient
 from bilevel.checkpoint import checkpoints
@@ -96,6 +96,7 @@ __all__ = [
     "composite",
     "delta_stn",
     "dense",
+    "em",
     "episodes",
     "epoch_sgd",
     "estimate_smoothness",

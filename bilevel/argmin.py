@@ -7,15 +7,13 @@ solution::
     (d_params c) dparams = -(d_theta c) dtheta                                          (1)
 
 Eq. (1) is the rule of a `jax.custom_jvp`, its left side solved by `jax.lax.custom_linear_solve`, which JAX
-can
-transpose: one rule gives forward mode, reverse mode and, as it is made of differentiable parts itself, every
-order of derivative.
+can transpose: one rule gives forward mode, reverse mode and, as it is made of differentiable parts itself,
+every order of derivative.
 
 Cost of a first derivative: one linear solve, whose products are Hessian-vector products, and one cross
-product.
-Memory: a few vectors of the size of params, whatever the number of steps the solver took. Error: of first
-order in the distance to the solution and in the residual of the linear solve; neither can be reported from
-inside a derivative, so measure them once with `bilevel.check_hypergradient`.
+product. Memory: a few vectors of the size of params, whatever the number of steps the solver took. Error: of
+first order in the distance to the solution and in the residual of the linear solve; neither can be reported
+from inside a derivative, so measure them once with `bilevel.check_hypergradient`.
 
 References:
   Blondel, Berthet, Cuturi, Frostig, Hoyer, Llinares-Lopez, Pedregosa and Vert, "Efficient and modular
@@ -186,10 +184,13 @@ def _differentiable(problem, solver, linear_solver: Any) -> Callable:
             x, _, info = chosen.solve(product, b, chosen.init(b), key)
             return _nan_unless(info, x)
 
+        # JAX transposes the solve only where all of its right-hand side depends on the tangents; what theta
+        # does not act on, as a penalty does not on a bias, depends on nothing.
+        nothing = sum((0 * jnp.sum(t).real for t in jax.tree.leaves(tangents[0])), start=jnp.float32(0))
         # Eq. (1)
         tangent = jax.lax.custom_linear_solve(
             product,
-            jax.tree.map(jnp.negative, slope),
+            jax.tree.map(lambda s: nothing.astype(s.dtype) - s, slope),
             solve,
             transpose_solve=solve,
             symmetric=not isinstance(problem, FixedPoint),

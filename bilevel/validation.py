@@ -333,7 +333,9 @@ def first_params(problem, params, hparams, batch: Callable, key):
     args = hparams, batch(), key
     made = _shapes_of("start", problem.start, args, "(hparams, batch, key)")
     if params is None:
-        return floating(jax.jit(problem.start)(*args), "start(hparams, batch, key)")
+        params = floating(jax.jit(problem.start)(*args), "start(hparams, batch, key)")
+        finite(params, "start(hparams, batch, key)")
+        return params
     params = floating(params, "params")
     finite(params, "params")
     _same_tree("start", made, (params,), "a tree like the params given")

@@ -310,6 +310,32 @@ def test_hessians_of_fixed_points(mode):
     np.testing.assert_allclose(found, np.array(columns).T, atol=1e-8)
 
 
+def test_parts_that_hparams_do_not_act_on():
+    """A bias that is not penalised: its gradient does not depend on hparams, and JAX asserts that all do."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((30, 3)), rng.standard_normal(30)
+
+    def inner(params, h, batch):
+        residual = batch[0] @ params["w"] + params["b"] - batch[1]
+        return 0.5 * jnp.mean(residual**2) + 0.5 * h * jnp.sum(params["w"] ** 2)
+
+    def descent(params, h, batch):
+        return jax.tree.map(lambda p, g: p - 0.3 * g, params, jax.grad(inner)(params, h, batch))
+
+    def by_hand(h):
+        a = np.concatenate([x, np.ones((30, 1))], axis=1)
+        return np.linalg.solve(a.T @ a / 30 + h * np.diag([1, 1, 1, 0]), a.T @ y / 30)[3]
+
+    init, expected = {"w": np.zeros(3), "b": 0.0}, central_difference(by_hand, 0.5, 1.0, 1e-3)
+    for solve in (
+        argmin(bilevel.Problem(inner, inner), lbfgs(atol=1e-12), bilevel.cg(tol=1e-13)),
+        argmin(bilevel.FixedPoint(descent, inner), picard(atol=1e-13), bilevel.dense()),
+    ):
+        for grad in (jax.grad, jax.jacfwd):
+            found = jax.jit(grad(lambda h, solve=solve: solve(h, (x, y), init)["b"]))(0.5)
+            np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
 # --- What does not fit --------------------------------------------------------------------------------------
 
 
