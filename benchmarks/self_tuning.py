@@ -9,13 +9,13 @@ The claims are those of MacKay et al. (2019, arXiv:1903.03088) and of Bae and Gr
 
 Everyone gets the same data, network, first params and inner optimiser, Adam at one of three learning rates:
 STN, Delta-STN and plain training each take the one with the lowest validation loss on the first seed, in a
-quarter of the time. Searches train for as many steps as plain training does in the time, divided by
-``TRIALS``, one proposal after the other, and look in the lower half of each range, where a person would; the
-grid has one share for all dropouts and one for all other strengths. "start", "final" and "replay" are single
-plain runs with as many training steps as STN took: at the first hyperparameters, at the last ones of STN,
-along its schedule. Every run is judged where its validation loss was lowest. Seconds are CPU seconds of
-training, without compilation and judging: pinned to one core, they are those of an idle machine, whatever
-else it does.
+quarter of the time; Delta-STN then takes the rate of the plain steps that fit its response in the same way.
+Searches train for as many steps as plain training does in the time, divided by ``TRIALS``, one proposal
+after the other, and look in the lower half of each range, where a person would; the grid has one share for
+all dropouts and one for all other strengths. "start", "final" and "replay" are single plain runs with as
+many training steps as STN took: at the first hyperparameters, at the last ones of STN, along its schedule.
+Every run is judged where its validation loss was lowest. Seconds are CPU seconds of training, without
+compilation and judging: pinned to one core, they are those of an idle machine, whatever else it does.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ class Setting:
       learning_rates: of Adam on params, to choose from.
       seconds: of each arm.
       rates: names of the dropouts; other hyperparameters are strengths.
-      fit: learning rate of the plain steps that Delta-STN fits its response by, stable for params.
+      fits: learning rates of the plain steps that Delta-STN fits its response by, to choose from.
     """
 
     learning_rates: tuple[float, ...]
     seconds: float
     rates: tuple[str, ...]
-    fit: float
+    fits: tuple[float, ...]
 
 
 SETTINGS = {
-    "language": Setting((3e-3, 1e-2, 3e-2), 50.0, regularised.RATES, 1.0),
-    "gated": Setting((1e-3, 3e-3, 1e-2), 5.0, (), 0.02),
-    "digits": Setting((1e-3, 3e-3, 1e-2), 30.0, ("input", "first", "second", "hidden"), 0.05),
+    "language": Setting((3e-3, 1e-2, 3e-2), 50.0, regularised.RATES, (0.3, 1.0, 3.0)),
+    "gated": Setting((1e-3, 3e-3, 1e-2), 5.0, (), (0.005, 0.02)),
+    "digits": Setting((1e-3, 3e-3, 1e-2), 30.0, ("input", "first", "second", "hidden"), (0.02, 0.05, 0.15)),
 }
 PLAIN = "plain"
 OUTER = optax.adam(2e-2)
@@ -339,29 +339,27 @@ def study(
         for seed in seeds:
             task = regularised.TASKS[name](seed)
             for arm in METHODS:
-                points, path = tuned(task, made(arm, rates[arm], setting.fit), seconds, seed)
+                points, path = tuned(task, made(arm, *rates[arm]), seconds, seed)
                 row = add(name, arm, seed, None, points, _at_best(points, path), path)
                 last = {key: values[-1] for key, values in path.items()}
-                _plain_arms(add, name, task, adam(rates[PLAIN]), seed, row, last)
+                _plain_arms(add, name, task, adam(rates[PLAIN][0]), seed, row, last)
             trial_steps = max(CHUNK, int(_plain_steps(rows, name, seed) / TRIALS) // CHUNK * CHUNK)
             for arm in (arm for arm in arms if arm in SEARCHES):
                 points, best = searched(
-                    task, setting, adam(rates[PLAIN]), SEARCHES[arm], trial_steps, seconds, seed
+                    task, setting, adam(rates[PLAIN][0]), SEARCHES[arm], trial_steps, seconds, seed
                 )
                 add(name, arm, seed, None, points, best, {})
     return rows
 
 
 @functools.cache
-def chosen(name: str, seed: int, seconds: float) -> dict[str, float]:
-    """The learning rate of each method and of plain training on a task."""
-    task = regularised.TASKS[name](seed)
+def chosen(name: str, seed: int, seconds: float) -> dict[str, tuple[float, float]]:
+    """The learning rate of each method and of plain training on a task, and the one of the response."""
+    task, setting = regularised.TASKS[name](seed), SETTINGS[name]
 
-    def reached(arm: str, rate: float) -> float:
+    def reached(arm: str, rate: float, fit: float) -> float:
         if arm != PLAIN:
-            return min(
-                point.valid for point in tuned(task, made(arm, rate, SETTINGS[name].fit), seconds, seed)[0]
-            )
+            return min(point.valid for point in tuned(task, made(arm, rate, fit), seconds, seed)[0])
         lowest = np.inf
         for point in plain(task, adam(rate), held(task.hparams), 10**9, seed):
             lowest = min(lowest, point.valid)
@@ -369,9 +367,14 @@ def chosen(name: str, seed: int, seconds: float) -> dict[str, float]:
                 return lowest
         return lowest
 
-    rates = SETTINGS[name].learning_rates
-    best = {arm: min(rates, key=lambda rate: reached(arm, rate)) for arm in (PLAIN, *METHODS)}
-    print(f"  {name}: learning rates {best}", flush=True)
+    middle = setting.fits[len(setting.fits) // 2]
+    best = {}
+    for arm in (PLAIN, *METHODS):
+        rate = min(setting.learning_rates, key=lambda rate, arm=arm: reached(arm, rate, middle))
+        best[arm] = rate, middle
+    rate = best["delta_stn"][0]
+    best["delta_stn"] = rate, min(setting.fits, key=lambda fit: reached("delta_stn", rate, fit))
+    print(f"  {name}: learning rates, and those of the response: {best}", flush=True)
     return best
 
 
@@ -403,7 +406,7 @@ def starts(
     rates = chosen(task, seed, seconds / 4)
     for value, arm in itertools.product(values, METHODS):
         points, path = tuned(
-            regularised.TASKS[task](seed, {name: value}), made(arm, rates[arm], setting.fit), seconds, seed
+            regularised.TASKS[task](seed, {name: value}), made(arm, *rates[arm]), seconds, seed
         )
         rows.append(Row(task, arm, seed, (name, value), points, _at_best(points, path), path))
         say(rows[-1])

@@ -1,6 +1,6 @@
 """Tune hyperparameters by gradient: bilevel optimisation for JAX, optax and flax."""
 
-from bilevel import em, imaging
+from bilevel import em, imaging, prox
 from bilevel.argmin import argmin
 from bilevel.check import HypergradientCheck, check_hypergradient
 from bilevel.checkpoint import checkpoints
@@ -55,6 +55,7 @@ from bilevel.problem import (
     Status,
     composite,
 )
+from bilevel.proximal import proximal_gradient
 from bilevel.result import Best, Members, Result, Trajectory
 from bilevel.result_file import load
 from bilevel.run import STOP
@@ -137,6 +138,8 @@ __all__ = [
     "pmean",
     "population",
     "positive",
+    "prox",
+    "proximal_gradient",
     "real",
     "ridge_smoothness",
     "saba",

@@ -6,6 +6,9 @@ import numpy as np
 
 from bilevel.problem import NonFinite, Status
 
+# A cycle turns its own step around and leaves it as long as it was, to rounding.
+_RESTING = 1 - 1e-6
+
 
 def why_ended(status: Status, history, method) -> str:
     """Why a method ended a run by itself, and the argument to change."""
@@ -40,14 +43,15 @@ def final(status: Status, history, may_rest: bool, bounded: bool) -> tuple[Statu
     end of a box, or all are fixed. ``bounded``: errors are bounds, not relative residuals.
     """
     accepted = history["accepted"]
+    expanding = _expanding(history)
     still = not may_rest and accepted.any() and np.all(history["grad_norm"][accepted] == 0)
-    warned = [sentence for sentence in (_indefinite(history),) if sentence]
+    warned = [sentence for sentence in (_indefinite(history), expanding) if sentence]
     if still and not warned:
         warned.append(
             "The hypergradient was exactly zero throughout: does the validation loss of the trained "
             "parameters depend on hparams at all?"
         )
-    if still and status == Status.BUDGET:
+    if (still or expanding) and status == Status.BUDGET:
         status = Status.STALLED
     noted = [sentence for sentence in (_residual(history, bounded), _overfitting(history)) if sentence]
     return status, warned + noted, warned
@@ -61,6 +65,23 @@ def _indefinite(history) -> str:
         f"The inner Hessian was not positive definite in {negative} of {len(history['step'])} outer steps, "
         "where the hypergradient means little: take more inner steps, cg(damping=...) or a trajectory "
         "estimator (bilevel.unrolled)."
+    )
+
+
+def _expanding(history) -> str:
+    """A sentence where the map of a fixed point grows its own steps, at the end and mostly."""
+    if "contraction" not in history or not history["accepted"].any():
+        return ""
+    rates = history["contraction"][history["accepted"]]
+    growing = int(np.sum(rates >= _RESTING))
+    if rates[-1] < _RESTING or 2 * growing <= len(rates):
+        return ""
+    factor = np.median(rates[rates >= _RESTING])
+    return (
+        f"The map of the fixed point does not contract: in {growing} of {len(rates)} outer steps it did not "
+        f"shrink its own step (factor {factor:.3g}, median). Implicit derivatives are those of what it "
+        "converges to: damp it, keep hparams in a range by constraints, or take a trajectory estimator "
+        "(bilevel.unrolled)."
     )
 
 

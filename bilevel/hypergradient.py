@@ -15,11 +15,13 @@ from bilevel.lift import refuse_sampled
 from bilevel.linear_solvers import gmres
 from bilevel.placement import refuse_explicit
 from bilevel.problem import AnyProblem, Estimate, Estimator, FixedPoint
+from bilevel.proximal import is_proximal
 
 
 def default_estimator(problem: AnyProblem) -> Estimator:
     """What is taken where no estimator is given."""
-    return implicit(gmres()) if isinstance(problem, FixedPoint) else implicit()
+    general = isinstance(problem, FixedPoint) and not is_proximal(problem)
+    return implicit(gmres()) if general else implicit()
 
 
 def hypergradient(problem: AnyProblem, estimator: Estimator | None = None) -> Callable[..., Estimate]:
@@ -27,7 +29,8 @@ def hypergradient(problem: AnyProblem, estimator: Estimator | None = None) -> Ca
 
     Args:
       problem: the bilevel problem.
-      estimator: default `bilevel.implicit`, with `bilevel.gmres` for a fixed point. The implicit family takes
+      estimator: default `bilevel.implicit`, with `bilevel.gmres` for a fixed point that is no
+        `bilevel.proximal_gradient`. The implicit family takes
         params as the inner solution, the trajectory family starts from them.
 
     Returns:

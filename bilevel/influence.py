@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bilevel.constraints import Fixed, bind
@@ -24,24 +25,30 @@ def tuned_leaves(problem: Problem, hparams) -> tuple[bool, ...]:
     return tuple(not isinstance(constraint, Fixed) for constraint in bound.leaves)
 
 
-def _effects(problem, inner, params, hparams, train, valid, model_state) -> tuple[list, list]:
-    """Everything through which hyperparameters can act: losses and steps, and the start."""
+def _effects(problem, inner, through_state, params, hparams, train, valid, model_state) -> tuple[list, list]:
+    """Everything through which hyperparameters can act: losses and steps, model state, and the start."""
     acts = [outer_value(problem, params, hparams, valid, model_state)[0]]
     if isinstance(problem, FixedPoint) or inner is not None:
         point = start_point(inner, params, model_state, hparams)
-        acts += jax.tree.leaves(inner_step(problem, inner, point, hparams, train).params)
+        end = inner_step(problem, inner, point, hparams, train)
+        after = end.model_state
+        acts += jax.tree.leaves(end.params)
     else:
-        acts.append(inner_value(problem, params, hparams, train, model_state)[0])
+        value, after = inner_value(problem, params, hparams, train, model_state)
+        acts.append(value)
+    if through_state:
+        acts += [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
     if problem.start is None:
         return acts, []
     return acts, jax.tree.leaves(problem.start(hparams, train, jax.random.key(0)))
 
 
 @functools.lru_cache(maxsize=64)
-def check_influence(problem, inner, blind: str | None, tree, shapes) -> None:
+def check_influence(problem, inner, through_state: bool, blind: str | None, tree, shapes) -> None:
     """Raise ValueError where no loss moves with a tuned hyperparameter, or none that the estimator sees.
 
-    ``blind``: the estimator's name, where it sees nothing of the problem's start.
+    ``through_state``: it differentiates through model state. ``blind``: its name, where it sees nothing of
+    the problem's start.
     """
     params, hparams, train_batch, valid_batch, model_state = jax.tree.unflatten(tree, shapes)
     leaves, treedef = jax.tree.flatten(hparams)
@@ -51,7 +58,7 @@ def check_influence(problem, inner, blind: str | None, tree, shapes) -> None:
     def tangents(i, tangent, leaves, params, train, valid, model_state):
         def values(leaf):
             tree = jax.tree.unflatten(treedef, [*leaves[:i], leaf, *leaves[i + 1 :]])
-            return _effects(problem, inner, params, tree, train, valid, model_state)
+            return _effects(problem, inner, through_state, params, tree, train, valid, model_state)
 
         return jax.jvp(values, (leaves[i],), (tangent,))[1]
 
@@ -93,7 +100,8 @@ def check_presence(problem, tree, shapes) -> None:
     leaves, treedef = jax.tree.flatten(hparams)
 
     def acts(leaves, params, train, valid, model_state):
-        return _effects(problem, None, params, jax.tree.unflatten(treedef, leaves), train, valid, model_state)
+        tree = jax.tree.unflatten(treedef, leaves)
+        return _effects(problem, None, False, params, tree, train, valid, model_state)
 
     made = jax.make_jaxpr(acts)(leaves, params, train_batch, valid_batch, model_state).jaxpr
     enters = entering(made, len(leaves))

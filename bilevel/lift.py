@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import data, validation
-from bilevel.problem import Composite, FixedPoint, Problem
+from bilevel.problem import Composite, FixedPoint, Problem, Proximal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,14 @@ class _Reduced(_Each):
         if self.has_state and not self.mean:
             return reduce(out[0]), out[1]
         return jax.tree.map(reduce, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EachProx:
+    prox: Callable
+
+    def __call__(self, params, hparams, step_size):
+        return jax.vmap(lambda p: self.prox(p, hparams, step_size))(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +159,11 @@ def lift(problem: Problem | FixedPoint) -> Problem | FixedPoint:
     start = None if problem.start is None else _EachStart(problem.start)
     outer = _Reduced(problem.outer, True, state)
     if isinstance(problem, FixedPoint):
-        return dataclasses.replace(problem, update=_Each(problem.update), outer=outer, start=start)
+        update: Callable = _Each(problem.update)
+        if isinstance(problem.update, Proximal):
+            loss = _Reduced(problem.update.loss, False, state)
+            update = dataclasses.replace(problem.update, loss=loss, prox=_EachProx(problem.update.prox))
+        return dataclasses.replace(problem, update=update, outer=outer, start=start)
     inner: Callable = _Reduced(problem.inner, False, state)
     if isinstance(problem.inner, Composite):
         penalty = problem.inner.penalty

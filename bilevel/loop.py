@@ -84,7 +84,8 @@ class Plan:
     @property
     def own_columns(self) -> tuple[str, ...]:
         """Those of the method."""
-        return getattr(self.method, "columns", ())
+        columns = getattr(self.method, "columns", ())
+        return columns(self.problem) if callable(columns) else columns
 
 
 @register

@@ -174,7 +174,7 @@ class Problem:
     smoothness: Smoothness | None = None
 
     def __post_init__(self):
-        _require_callable("inner", self.inner, "(params, hparams, batch) -> scalar")
+        callable_of("inner", self.inner, "(params, hparams, batch) -> scalar")
         _finish_problem(self)
 
     def __repr__(self) -> str:
@@ -187,7 +187,10 @@ class FixedPoint:
 
     The map is its own inner step, so that methods take ``inner=None``. Its implicit system
     ``(I - A)^T v = b`` with ``A = d_params update`` is not symmetric: take `bilevel.gmres`, `bilevel.neumann`
-    or `bilevel.dense`.
+    or `bilevel.dense` (`bilevel.cg` too for a `bilevel.proximal_gradient`). The implicit derivative is that
+    of
+    what the map converges to, so that it has to contract: the history's column "contraction" has the measured
+    factor by which it shrinks its own step, and a run whose map does not contract says so.
 
     Args:
       update: ``(params, hparams, batch) -> params``, for instance one step of EM.
@@ -212,7 +215,7 @@ class FixedPoint:
     smoothness: Smoothness | None = None
 
     def __post_init__(self):
-        _require_callable("update", self.update, "(params, hparams, batch) -> params")
+        callable_of("update", self.update, "(params, hparams, batch) -> params")
         _finish_problem(self)
 
     def __repr__(self) -> str:
@@ -246,11 +249,28 @@ def composite(predict: Callable, loss: Callable, penalty: Callable | None = None
     Raises:
       TypeError: one of them is no function.
     """
-    _require_callable("predict", predict, "(params, hparams, batch) -> outputs")
-    _require_callable("loss", loss, "(outputs, hparams, batch) -> scalar")
+    callable_of("predict", predict, "(params, hparams, batch) -> outputs")
+    callable_of("loss", loss, "(outputs, hparams, batch) -> scalar")
     if penalty is not None:
-        _require_callable("penalty", penalty, "(params, hparams) -> scalar")
+        callable_of("penalty", penalty, "(params, hparams) -> scalar")
     return Composite(predict, loss, penalty)
+
+
+@dataclasses.dataclass(frozen=True)
+class Proximal:
+    """See `bilevel.proximal_gradient`."""
+
+    loss: Callable
+    prox: Callable
+    step_size: float
+
+    def __call__(self, params, hparams, batch):
+        return self.prox(self.forward(params, hparams, batch), hparams, self.step_size)
+
+    def forward(self, params, hparams, batch):
+        """The gradient step, before the proximal map."""
+        gradient = jax.grad(self.loss)(params, hparams, batch)
+        return jax.tree.map(lambda w, g: (w - self.step_size * g).astype(w.dtype), params, gradient)
 
 
 def inner_value(problem: Any, params, hparams, batch, model_state) -> tuple[jax.Array, PyTree]:
@@ -277,7 +297,8 @@ def updated(problem: Any, params, hparams, batch, model_state) -> tuple[Params, 
     return problem.update(params, hparams, batch), model_state
 
 
-def _require_callable(name: str, fn, signature: str) -> None:
+def callable_of(name: str, fn, signature: str) -> None:
+    """Raise TypeError for what is no function, or cannot be hashed."""
     if not callable(fn):
         raise TypeError(f"{name} must be a function {signature}, got {fn!r}.")
     try:
@@ -289,7 +310,7 @@ def _require_callable(name: str, fn, signature: str) -> None:
 
 
 def _finish_problem(problem: Problem | FixedPoint) -> None:
-    _require_callable("outer", problem.outer, "(params, hparams, batch) -> scalar")
+    callable_of("outer", problem.outer, "(params, hparams, batch) -> scalar")
     if problem.constraints is not None and not isinstance(problem.constraints, StaticTree):
         spec = StaticTree.of(problem.constraints)
         for leaf in spec.leaves:
@@ -306,7 +327,7 @@ def _finish_problem(problem: Problem | FixedPoint) -> None:
     if not isinstance(problem.has_state, bool):
         raise TypeError(f"has_state must be True or False, got {problem.has_state!r}.")
     if problem.start is not None:
-        _require_callable("start", problem.start, "(hparams, batch, key) -> params")
+        callable_of("start", problem.start, "(hparams, batch, key) -> params")
 
 
 def _repr_problem(problem: Problem | FixedPoint, level: str) -> str:
@@ -399,6 +420,8 @@ class Estimate:
     touched. ``solve``: the linear solve. ``metrics``: of the outer loss. ``settled``: whether a small
     ``grad`` says that the run has converged; not while a running solution is still far off. ``free_grad``:
     the gradient in free units, of an estimator that works in them; None: that of ``grad`` pulled back.
+    ``contraction``: of a fixed point taken for reached, by what factor its map shrinks its own step there;
+    None elsewhere.
     """
 
     value: jax.Array
@@ -411,6 +434,7 @@ class Estimate:
     value_error: Any = math.inf
     settled: Any = True
     free_grad: HParams = None
+    contraction: Any = None
     error_kind: str = static(default=NONE)
 
     @property
@@ -559,8 +583,9 @@ class Estimator(Protocol):
 class Method(Protocol):
     """One outer step as a pure, traceable function.
 
-    It may have ``columns``, names of further scalars that its steps report in ``info.extra``, and
-    ``why_stalled(row)``, a sentence for a run that ends STALLED: the reason, and the argument to change.
+    It may have ``columns``, names of further scalars that its steps report in ``info.extra``, or a function
+    from the problem to them, and ``why_stalled(row)``, a sentence for a run that ends STALLED: the reason,
+    and the argument to change.
     """
 
     @property

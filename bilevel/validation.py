@@ -23,6 +23,7 @@ from bilevel.problem import (
     LinearSolver,
     Method,
     Problem,
+    Proximal,
     PyTree,
     inner_value,
     outer_value,
@@ -196,11 +197,12 @@ def called(value) -> str:
 
 def linear_system(name: str, solver, problem) -> None:
     """Raise TypeError where a linear solver is for symmetric systems and that of the problem is not."""
-    if isinstance(problem, FixedPoint) and getattr(solver, "symmetric_only", False):
+    symmetric = not isinstance(problem, FixedPoint) or isinstance(problem.update, Proximal)
+    if not symmetric and getattr(solver, "symmetric_only", False):
         raise TypeError(
             f"{name}: the system of a FixedPoint is not symmetric, which bilevel.{called(solver)}() needs; "
             "take bilevel.gmres(), bilevel.neumann(terms, step_size=1.0) for a contraction, or "
-            "bilevel.dense()."
+            "bilevel.dense(). (That of a bilevel.proximal_gradient step is solved in a symmetric form.)"
         )
 
 
@@ -448,7 +450,8 @@ def problem_on_data(
     _refuse_integer(problem, estimator, hparams)
     blind = None if _sees_start(estimator, steps) else called(estimator)
     acting = inner if isinstance(inner, Tuned) else None
-    influence.check_influence(problem, acting, blind, treedef, tuple(leaves))
+    through_state = problem.has_state and estimator.trajectory and steps > 1
+    influence.check_influence(problem, acting, through_state, blind, treedef, tuple(leaves))
     return metrics
 
 

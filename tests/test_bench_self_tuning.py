@@ -119,7 +119,7 @@ def tiny(seed: int, hparams=None):
 def rows():
     """A study of seconds."""
     with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False):
-        patch.setitem(self_tuning.SETTINGS, "tiny", self_tuning.Setting((3e-3,), 0.2, ("rate",), 0.05))
+        patch.setitem(self_tuning.SETTINGS, "tiny", self_tuning.Setting((3e-3,), 0.2, ("rate",), (0.05,)))
         patch.setitem(regularised.TASKS, "tiny", tiny)
         patch.setattr(self_tuning, "CHUNK", 4)
         self_tuning.chosen.cache_clear()

@@ -328,3 +328,26 @@ def test_statistics_among_params_are_never_updated():
         run(problem, *args, adam, 5)
     # The Hessian is singular there, and the linear system has no solution.
     assert float(at(problem, bilevel.implicit(bilevel.cg(max_steps=10)), *args).error) > 0.1
+
+
+def test_a_hyperparameter_that_acts_through_the_state_alone():
+    """The loss reads the old state and beta makes the new one: seen from the second step on."""
+
+    def inner(w, h, batch, mean):
+        return 0.5 * (w - mean) ** 2, h * mean + (1 - h) * batch
+
+    def by_hand(beta, steps=10):
+        w, mean = 0.0, 0.0
+        for _ in range(steps):
+            w, mean = w - 0.2 * (w - mean), beta * mean + (1 - beta)
+        return 0.5 * (w - 2.0) ** 2
+
+    problem = bilevel.Problem(inner, lambda w, h, batch, mean: 0.5 * (w - batch) ** 2, has_state=True)
+    args = jnp.float64(0.0), jnp.float64(0.5), jnp.float64(1.0), jnp.float64(2.0)
+    slope = (by_hand(0.5 + 1e-6) - by_hand(0.5 - 1e-6)) / 2e-6
+    for estimator in (bilevel.unrolled, bilevel.forward):
+        fn = bilevel.hypergradient(problem, estimator(optax.sgd(0.2), 10))
+        np.testing.assert_allclose(fn(*args, model_state=jnp.float64(0.0)).grad, slope, rtol=1e-7)
+    for estimator in (bilevel.unrolled(optax.sgd(0.2), 1), bilevel.implicit()):
+        with pytest.raises(ValueError, match="hparams influences neither inner nor outer"):
+            bilevel.hypergradient(problem, estimator)(*args, model_state=jnp.float64(0.0))

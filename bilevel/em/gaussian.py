@@ -47,7 +47,7 @@ def gaussian_init(batch, num_classes: int, scale=1.0, covariance: str = "identit
       >>> for _ in range(3):
       ...     params = bilevel.em.gaussian_step(params, {"temperature": 1.0}, task)
       >>> print(params["centers"].ravel().round(2), jnp.exp(params["log_prior"]).round(2))
-      [0.5 4. ] [0.33 0.67]
+      [0.5  3.97] [0.33 0.67]
     """
     num_classes = validation.whole_number("num_classes", num_classes, 1)
     if covariance not in _COVARIANCES:

@@ -9,7 +9,9 @@ Cost: one outer gradient, one product with H per solver step, one cross product.
 of the size of params, whatever the number of hyperparameters or inner steps.
 
 For a fixed point ``params = u(params, hparams)`` the condition is ``params - u = 0``: H becomes
-``(I - d_params u)^T``, which is not symmetric, and the cross product ``-(d_hparams u)^T v``.
+``(I - d_params u)^T``, which is not symmetric, and the cross product ``-(d_hparams u)^T v``. Of a proximal
+gradient step it has a symmetric form, see `bilevel.proximal_gradient`, which solvers for symmetric systems
+are given.
 
 Exact at an exact inner solution and an exact solve of (1). Away from it the error is of the first
 order in both. Not for hyperparameters of the optimiser (the solution does not depend on them) nor for
@@ -43,6 +45,7 @@ from bilevel.problem import (
     outer_value,
     updated,
 )
+from bilevel.proximal import is_proximal, restricted_system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +89,14 @@ class Implicit:
         )
         matvec, both = self._products(problem, point, hparams, draw)
         rtol = None if atol is None else 0.0
-        v, state, solve = self.solver.solve(matvec, b, state, key, rtol=rtol, atol=atol)
-        if isinstance(problem, FixedPoint):  # its matrix is not symmetric: definiteness says nothing
-            solve = solve._replace(negative_curvature=jnp.bool_(False))
+        if is_proximal(problem) and getattr(self.solver, "symmetric_only", False):
+            restricted, right, whole = restricted_system(problem.update, point.params, hparams, draw.last, b)
+            v, state, solve = self.solver.solve(restricted, right, state, key, rtol=rtol, atol=atol)
+            v = whole(v)
+        else:
+            v, state, solve = self.solver.solve(matvec, b, state, key, rtol=rtol, atol=atol)
+            if isinstance(problem, FixedPoint):  # its matrix is not symmetric: definiteness says nothing
+                solve = solve._replace(negative_curvature=jnp.bool_(False))
         hv, cross = both(v)
         b_norm = norm(b)
         # A running vector is met on a batch of its own, which serves; else it is that of the cross product.
@@ -115,6 +123,7 @@ class Implicit:
             solve=solve._replace(residual=left),
             metrics=metrics,
             settled=True if self.forgets else error <= SETTLED,
+            contraction=_contraction(problem, point, hparams, draw.last),
             error_kind=RESIDUAL,
         )
         return _certified(estimate, certificate, problem, hparams, train_rows), state
@@ -199,6 +208,21 @@ def _fixed_point_products(problem, point, hparams, draw):
         return pulled(v, draw(draw.steps + j) if fresh else draw.last)[0]
 
     return matvec, lambda v: pulled(v, draw.last)
+
+
+def _contraction(problem, point, hparams, batch):
+    """By what factor the map of a fixed point shrinks its own step; 0 where it has come to rest."""
+    if not isinstance(problem, FixedPoint):
+        return None
+
+    def step(params):
+        return axpy(-1.0, params, updated(problem, params, hparams, batch, point.model_state)[0])
+
+    first = step(point.params)
+    second = step(axpy(1.0, first, point.params))
+    size, left = norm(first), norm(second)
+    moving = size > jnp.sqrt(jnp.finfo(size.dtype).eps) * norm(point.params)
+    return jnp.where(moving, left / jnp.where(moving, size, 1), 0)
 
 
 def _gauss_newton(inner, params, hparams, batch, v):

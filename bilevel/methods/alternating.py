@@ -142,6 +142,11 @@ class Alternating:
     def _solves(self) -> bool:
         return isinstance(self.inner, InnerSolver)
 
+    def columns(self, problem) -> tuple[str, ...]:
+        """What is reported of a fixed point that is taken for reached."""
+        implicit = isinstance(problem, FixedPoint) and not self._estimator.trajectory
+        return ("contraction",) if implicit else ()
+
     def seen(self, hparams, j):
         """What the losses see at inner step ``j``."""
         estimator = self._estimator
@@ -271,6 +276,7 @@ class Alternating:
             params=estimate.params,
             hparams=hparams,
             model_state=estimate.point.model_state,
+            extra={} if estimate.contraction is None else {"contraction": estimate.contraction},
             settled=estimate.settled,
             error_kind=estimate.error_kind,
         )
