@@ -11,9 +11,11 @@ from bilevel import data
 from bilevel.estimators.implicit import implicit
 from bilevel.estimators.unrolled import unrolled
 from bilevel.inner_loops.newton_cg import newton_cg
+from bilevel.inner_loops.picard import picard
 from bilevel.linear_solvers import cg, gmres
 from bilevel.methods.alternating import alternating
 from bilevel.problem import FixedPoint, Method, Problem
+from bilevel.proximal import is_proximal
 
 
 def _outer(first: float, scale: int) -> optax.GradientTransformation:
@@ -46,6 +48,10 @@ DEFAULT_FROM_START = alternating(
     inner_steps=20,
 )
 DEFAULT_FIXED_POINT = alternating(implicit(gmres(max_steps=20)), outer=_outer(0.3, 20), inner_steps=20)
+# The support is found by few accelerated steps, and the system is symmetric.
+DEFAULT_PROXIMAL = alternating(
+    implicit(cg(max_steps=50, tol=0.03)), inner=picard(max_steps=50, anderson=10), outer=_outer(0.3, 20)
+)
 
 
 def default_method(problem: Problem | FixedPoint, train) -> Method:
@@ -57,7 +63,7 @@ def default_method(problem: Problem | FixedPoint, train) -> Method:
       train: the training data, as given to `optimize`.
     """
     if isinstance(problem, FixedPoint):
-        return DEFAULT_FIXED_POINT
+        return DEFAULT_PROXIMAL if is_proximal(problem) else DEFAULT_FIXED_POINT
     batches = isinstance(train, data.Episodes | data.Source) and not isinstance(train, data.Whole)
     if problem.start is not None:
         method = DEFAULT_FROM_START

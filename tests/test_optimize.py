@@ -541,6 +541,9 @@ def whole(arrays, n):
 
 DATA = ridge().train
 FROM_START = dataclasses.replace(RIDGE, start=lambda h, batch, key: jnp.zeros(20) + 0 * h)
+ISTA = bilevel.FixedPoint(
+    bilevel.proximal_gradient(RIDGE.inner, lambda w, h, s: bilevel.prox.l1(w, 1e-3 * s), 0.1), RIDGE.outer
+)
 MAP = bilevel.FixedPoint(lambda w, h, batch: w - 0.25 * jax.grad(RIDGE.inner)(w, h, batch), outer=RIDGE.outer)
 
 
@@ -554,6 +557,7 @@ MAP = bilevel.FixedPoint(lambda w, h, batch: w - 0.25 * jax.grad(RIDGE.inner)(w,
         (FROM_START, DATA, "DEFAULT_FROM_START"),
         (FROM_START, bilevel.stacked(whole(DATA, 7)), "DEFAULT_FROM_START"),
         (MAP, DATA, "DEFAULT_FIXED_POINT"),
+        (ISTA, DATA, "DEFAULT_PROXIMAL"),
         (MAP, bilevel.minibatches(DATA, 4), "DEFAULT_FIXED_POINT"),
     ],
 )
