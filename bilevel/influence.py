@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bilevel.constraints import Fixed, bind
 from bilevel.inner_solvers import inner_step, start_point
-from bilevel.problem import FixedPoint, Problem, inner_value, outer_value
+from bilevel.problem import FixedPoint, Problem, inner_value, outer_value, updated
 from bilevel.trees import abstract
 
 
@@ -37,7 +36,11 @@ def _effects(problem, inner, through_state, params, hparams, train, valid, model
         value, after = inner_value(problem, params, hparams, train, model_state)
         acts.append(value)
     if through_state:
-        acts += [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
+        acts.append(outer_value(problem, params, hparams, valid, after)[0])
+        if isinstance(problem, FixedPoint):
+            acts += jax.tree.leaves(updated(problem, params, hparams, train, after)[0])
+        else:
+            acts.append(inner_value(problem, params, hparams, train, after)[0])
     if problem.start is None:
         return acts, []
     return acts, jax.tree.leaves(problem.start(hparams, train, jax.random.key(0)))

@@ -72,7 +72,7 @@ def gaussian_init(batch, num_classes: int, scale=1.0, covariance: str = "identit
         "centers": weights.T @ support / mass[:, None],  # nan where a class is empty
     }
     if covariance == "diagonal":
-        params["variances"] = _variances(support, weights, params["centers"])
+        params["variances"] = _variances(weights.T @ support**2, weights.T @ support, mass, params["centers"])
     return params
 
 
@@ -96,38 +96,40 @@ def gaussian_step(params, hparams, batch):
     check_task(batch)
     dtype = params["centers"].dtype
     prior_weight, temperature, scale = strengths(hparams, dtype)
-    support, query = scale * jnp.asarray(batch["support"]), scale * jnp.asarray(batch["query"])
+    support, query = jnp.asarray(batch["support"]), jnp.asarray(batch["query"])
     known = one_hot(jnp.asarray(batch["labels"]), params["centers"].shape[0], dtype)
     variances = params["variances"][None] if "variances" in params else 1.0
-    logits = _log_likelihoods(query, params["centers"], variances) + prior_weight * params["log_prior"][None]
+    logits = _log_likelihoods(query, scale, params["centers"], variances)
+    logits += prior_weight * params["log_prior"][None]
     log_u = jax.nn.log_softmax(logits / temperature, axis=1)  # Eq. (1)
     u = jnp.exp(log_u)
-    weights, features = jnp.concatenate([known, u]), jnp.concatenate([support, query])
-    mass = weights.sum(axis=0)
-    centers = weights.T @ features / jnp.where(mass > 0, mass, 1)[:, None]  # Eq. (3)
+    mass = known.sum(axis=0) + u.sum(axis=0)
+    # The scale multiplies small arrays, never the features: no derivative by them is taken.
+    total = scale * (known.T @ support + u.T @ query)
+    centers = total / jnp.where(mass > 0, mass, 1)[:, None]  # Eq. (3)
     after = {
         "log_assignments": log_u,
         "log_prior": jnp.log(u.mean(axis=0) + _LEAST_SHARE),  # Eq. (2)
         "centers": jnp.where((mass == 0)[:, None], params["centers"], centers),
     }
     if "variances" in params:
-        after["variances"] = _variances(features, weights, after["centers"])
+        squares = scale**2 * (known.T @ support**2 + u.T @ query**2)
+        after["variances"] = _variances(squares, total, mass, after["centers"])
     return after
 
 
-def _log_likelihoods(features, centers, variances):
-    """``-|z_n - w_k|^2 / 2`` up to what all k share, about the mean center, where less cancels."""
+def _log_likelihoods(features, scale, centers, variances):
+    """``-|scale z_n - w_k|^2 / 2`` up to what all k share, about the mean center, where less cancels."""
     middle = centers.mean(axis=0, keepdims=True)
-    features, centers = features - middle, centers - middle
+    centers = centers - middle
     scaled = centers / variances
-    return features @ scaled.T - 0.5 * jnp.sum(centers * scaled, axis=1)[None]
+    return scale * (features @ scaled.T) - jnp.sum((0.5 * centers + middle) * scaled, axis=1)[None]
 
 
-def _variances(features, weights, centers):
-    """One for each feature, about the class's center, over all weights."""
-    squares = (weights.T @ features**2 - 2 * centers * (weights.T @ features)).sum(axis=0)
-    squares += (weights.sum(axis=0)[:, None] * centers**2).sum(axis=0)
-    variances = squares / weights.sum()
+def _variances(squares, total, mass, centers):
+    """One for each feature, about the centers, from sums of each class: of squares, values, weights."""
+    spread = (squares - 2 * centers * total + mass[:, None] * centers**2).sum(axis=0)
+    variances = spread / mass.sum()
     return jnp.maximum(variances, _LEAST_VARIANCE * variances.mean() + jnp.finfo(variances.dtype).tiny)
 
 
