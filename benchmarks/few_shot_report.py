@@ -57,7 +57,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Differences in test accuracy, seeds paired; one holds that is asked for and two standard errors clear."""
+    """Differences in test accuracy, seeds paired; one holds that is large enough and two errors from zero."""
     pairs = [("unem", arm) for arm in ("em", "em_scale", "grid_3d", "random", "unem_ce", "softplus")]
     pairs += [("unem", "global"), ("unem", "implicit"), ("global", "grid_3d"), ("global_ce", "grid_3d")]
     out = []
