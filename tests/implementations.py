@@ -403,7 +403,7 @@ OTHER = {
     *("estimate_smoothness", "logistic_smoothness", "ridge_smoothness"),
     # In files of their own: they take whole arrays, lifted problems, or problems with constants.
     *("maid", "hoag", "isgd"),
-    "imaging",
+    *("imaging", "em", "prox", "proximal_gradient"),
     *("online", "tune", "get_hparams"),
     # Random or in a cycle also with whole arrays; with the other presets in a file of their own.
     *("ttsa", "bome", "slip"),
