@@ -22,6 +22,10 @@ of `problems.few_shot`, with one or five labelled examples of each class; everyo
 
 Searches take the point with the best validation accuracy; what is learned is taken after 100 steps of Adam,
 0.1, halved in the middle, with the lowest loss on the way. Seconds are CPU seconds without compilation.
+
+Adam moves logarithms, those of `bilevel.positive`. On the digits, three seeds, that gave 74.9 percent against
+72.8 of softplus at one shot, and 91.4 against 90.5 at five. EM that is let converge is worse than ten steps
+(paddle against em), and so is what is learned at its fixed point.
 """
 
 from __future__ import annotations

@@ -285,3 +285,9 @@ def test_a_run_that_needs_more_memory_than_there_is_says_so(monkeypatch):
     monkeypatch.setattr(module, "_device_memory", lambda: 10)
     with pytest.warns(RuntimeWarning, match="needs more memory than the device has: Memory"):
         run(steps=2)
+
+
+def test_a_state_does_not_look_like_a_mapping():
+    """Orbax asks a tree of shapes for the attributes of one, and a property would compute with shapes."""
+    state = METHOD.init(PROBLEM, W, H, DATA, DATA, key=jax.random.key(0))
+    assert not set(dir(state)) & set(dir(dict)) - set(dir(object))

@@ -91,8 +91,8 @@ class AlternatingState:
         return self.point.model_state
 
     @property
-    def keys(self) -> tuple[jax.Array, ...]:
-        """Of the batches of train, of those of valid, and of what is random in this outer step."""
+    def streams(self) -> tuple[jax.Array, ...]:
+        """Keys of the batches of train, of those of valid, and of what is random in this outer step."""
         key_train, key_valid, key_step = (jax.random.fold_in(self.key, i) for i in range(3))
         return key_train, key_valid, jax.random.fold_in(key_step, self.count)
 
@@ -284,7 +284,7 @@ class Alternating:
 
     def _estimated(self, problem, state, hparams, moves, train, valid):
         """Eq. (1) and (2): (estimate, its state), new point, inner solver's state, inner gradients."""
-        key_train, key_valid, key = state.keys
+        key_train, key_valid, key = state.streams
         draw = data.draw(train, key_train, state.position, self._steps, state.count, own=moves)
         valid_batch = valid.batch(key_valid, state.count)
 

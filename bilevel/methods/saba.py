@@ -69,7 +69,7 @@ class Saba:
         args = params, hparams, train, valid
         state = begun("saba", self.method, problem, args, key=key, model_state=model_state)
         params, hparams = state.params, state.hparams
-        key_train, key_valid, _ = state.keys
+        key_train, key_valid, _ = state.streams
 
         def of_inner(i):
             return inner_part(problem, params, running.v, hparams, train.numbered(key_train, i))
@@ -90,7 +90,7 @@ class Saba:
         refuse_explicit(state=state, train=train, valid=valid)
         train, valid = sources_of(_refuse_changing, train, valid)
         running, mean, table = state.estimator
-        key_train, key_valid, picked = state.keys
+        key_train, key_valid, picked = state.streams
         of, to = jax.random.split(picked)
         i = jax.random.randint(of, (), 0, train.num_batches, jnp.int32)
         j = jax.random.randint(to, (), 0, valid.num_batches, jnp.int32)

@@ -84,7 +84,7 @@ class Srba:
         w, h = jax.tree.map(lambda x: jnp.array(x, copy=True), (state.params, state.hparams))
         before = Before(w, jax.tree.map(jnp.zeros_like, w), h)
         parts = Parts(InnerPart(w, w, h), OuterPart(w, h))
-        all_valid = valid.whole(state.keys[1])
+        all_valid = valid.whole(state.streams[1])
         slope = outer_part(problem, state.params, state.hparams, all_valid)[2].slope
         running = self._bounded(first_running(self.method, state.estimator, slope))
         memory = SrbaState(running, before, jax.tree.map(jnp.zeros_like, parts), jnp.int32(0))
@@ -95,7 +95,7 @@ class Srba:
         refuse_explicit(state=state, train=train, valid=valid)
         train, valid = sources_of(_refuse_passing, train, valid)
         memory = state.estimator
-        key_train, key_valid, _ = state.keys
+        key_train, key_valid, _ = state.streams
         rows = data.draw(train, key_train, state.position, 1, state.count).last
         valid_rows = valid.batch(key_valid, state.count)
         all_rows, all_valid = train.whole(key_train), valid.whole(key_valid)

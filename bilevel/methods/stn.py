@@ -144,7 +144,7 @@ class Stn:
         steps = self.method.inner_steps
         data.check_sources(train, valid, steps)
         moves = state.count % self.method.period == 0
-        key_train, key_valid, key = state.keys
+        key_train, key_valid, key = state.streams
         key_fit, key_judge = jax.random.split(key)
         draw = data.draw(train, key_train, state.position, steps, state.count, own=moves)
         batch = valid.batch(key_valid, state.count)
