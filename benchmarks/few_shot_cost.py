@@ -23,7 +23,7 @@ import optax
 
 import bilevel
 from benchmarks import few_shot
-from benchmarks.measure import compiled, ratio, table, temporary_megabytes, verdict
+from benchmarks.measure import compiled, interleaved, ratio, seconds, table, temporary_megabytes, verdict
 from benchmarks.problems.few_shot import digits
 from bilevel import em
 
@@ -31,6 +31,7 @@ SHOTS, REPEATS = 1, 5
 ASKED, ASKED_COMPILE = 1.1, 5.0
 DEPTHS = (10, 20, 40, 80)
 PROBLEM = few_shot.problem("gaussian", SHOTS)
+cpu_seconds = functools.partial(seconds, clock=time.process_time)
 
 
 def first(steps: int) -> dict:
@@ -99,24 +100,6 @@ def by_hand(task):
 # --- Measured ---------------------------------------------------------------------------------------------
 
 
-def cpu_seconds(call) -> float:
-    """Of one call, until its results are there."""
-    began = time.process_time()
-    jax.block_until_ready(call())
-    return time.process_time() - began
-
-
-def interleaved(calls) -> dict:
-    """CPU seconds of each call, in turns whose order alternates; a first call of each is not counted."""
-    for call in calls.values():
-        jax.block_until_ready(call())
-    turns = [
-        {name: cpu_seconds(calls[name]) for name in list(calls)[:: 1 if i % 2 == 0 else -1]}
-        for i in range(REPEATS)
-    ]
-    return {name: np.array([turn[name] for turn in turns]) for name in calls}
-
-
 def optimize(remat: bool, tasks, steps: int = few_shot.STEPS):
     return bilevel.optimize(
         PROBLEM, None, first(few_shot.LAYERS), *tasks, method(remat), steps, progress=False
@@ -154,15 +137,15 @@ def main() -> None:
         once = functools.partial(optimize, remat, tasks, 1)
         compile_seconds[f"remat={remat}"] = cpu_seconds(lambda once=once: once().hparams)
         calls[f"remat={remat}"] = lambda remat=remat: optimize(remat, tasks).hparams
-    times = interleaved(calls)
+    times = interleaved(calls, REPEATS, time.process_time)
     rows = []
-    for name, seconds in times.items():
-        slower, to_compile = ratio(seconds, times["by hand"]), compile_seconds[name]
-        same = ratio(seconds, times["by hand, library step"])
+    for name, spent in times.items():
+        slower, to_compile = ratio(spent, times["by hand"]), compile_seconds[name]
+        same = ratio(spent, times["by hand, library step"])
         said = verdict(slower, ASKED) if name == "remat=False" else ""
         rows.append(
             (
-                name, f"{np.median(seconds):.2f} s", f"{slower:.2f}", said, f"{same:.2f}",
+                name, f"{np.median(spent):.2f} s", f"{slower:.2f}", said, f"{same:.2f}",
                 f"{to_compile:.1f} s", verdict(to_compile, ASKED_COMPILE),
             )
         )  # fmt: skip

@@ -58,8 +58,8 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """Differences in test accuracy, seeds paired; one holds that is large enough and two errors from zero."""
-    pairs = [("unem", arm) for arm in ("em", "em_scale", "grid_3d", "random", "unem_ce", "softplus")]
-    pairs += [("unem", "global"), ("unem", "implicit"), ("global", "grid_3d"), ("global_ce", "grid_3d")]
+    pairs = [("unem", arm) for arm in ("em", "em_scale", "grid", "random", "unem_ce", "softplus")]
+    pairs += [("unem", "global"), ("unem", "implicit"), ("global", "grid"), ("global_ce", "grid")]
     out = []
     for better, worse in pairs:
         gaps = [

@@ -3,7 +3,8 @@
 - Cross-validation of one penalty, on diabetes and on a wide design (200 rows, 2,000 features, 20 of them
   used): folds, means and centring are those of `LassoCV`. From three starts at once, as F may have several
   minima; on diabetes it has two. Asked: a penalty within one step of the grid, and a loss no higher than its
-  best.
+  best. The seconds are not those of like work, and the table says so: coordinate descent solves to a duality
+  gap of 1e-8 of the squares of the targets, picard to steps of 1e-6, and `bilevel.optimize` compiles.
 - One penalty for each of the 2,000 features, on a held-out half of other rows, from two starts.
 - The hypergradient against the closed form of the support, to 1e-8.
 - Cost: the derivative at a solution against conjugate gradients on the support written by hand, with the same
@@ -23,10 +24,10 @@ import optax
 import bilevel
 from benchmarks.measure import compiled, interleaved, ratio, table, verdict
 
-FOLDS, GRID = 5, 100
+FOLDS, GRID, GAP, ATOL = 5, 100, 1e-8, 1e-6
 ROWS, FEATURES, USED = 200, 2000, 20
 STEPS, REPEATS, ASKED = 60, 30, 1.05
-SOLVER = bilevel.picard(2000, atol=1e-6, anderson=10)
+SOLVER = bilevel.picard(2000, atol=ATOL, anderson=10)
 OUTER = optax.adam(lambda t: 0.3 / jnp.sqrt(1 + t / 20), b1=0.8, b2=0.9)
 TOL = 1e-10
 
@@ -114,7 +115,7 @@ def compare(name: str, x, y):
     """Rows of the table: what `LassoCV` finds, and what gradients do from three places of its grid."""
     from sklearn.linear_model import LassoCV
 
-    fit = functools.partial(LassoCV, cv=FOLDS, alphas=GRID, tol=1e-8, max_iter=200_000)
+    fit = functools.partial(LassoCV, cv=FOLDS, alphas=GRID, tol=GAP, max_iter=200_000)
     began = time.perf_counter()
     found = fit().fit(x, y)
     spent = time.perf_counter() - began
@@ -129,8 +130,11 @@ def compare(name: str, x, y):
     said = f"{off:.2f} steps of the grid off, {'ok' if good else 'MISSED'}"
     best = f"{found.alpha_:.5g}", f"{losses.min():.6g}"
     return [
-        (name, f"LassoCV, {GRID} penalties", *best, f"{spent:.1f}", ""),
-        (name, f"three starts, ends {ends}", f"{l1:.5g}", f"{value:.6g}", f"{seconds:.1f}", said),
+        (name, f"LassoCV, {GRID} penalties", *best, f"{spent:.1f}, gap {GAP:g}", ""),
+        (
+            *(name, f"three starts, ends {ends}", f"{l1:.5g}", f"{value:.6g}"),
+            *(f"{seconds:.1f}, steps {ATOL:g}, with compilation", said),
+        ),
     ]
 
 

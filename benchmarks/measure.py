@@ -8,16 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
+Clock = Callable[[], float]
 
-def seconds(fn: Callable, *args) -> float:
-    """Wall time of one call, until its results are there."""
-    began = time.perf_counter()
+
+def seconds(fn: Callable, *args, clock: Clock = time.perf_counter) -> float:
+    """Wall time of one call, until its results are there; of ``time.process_time`` CPU time."""
+    began = clock()
     jax.block_until_ready(fn(*args))
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def interleaved(calls: Mapping[object, Callable], repeats: int) -> dict:
-    """Wall times of each call, shape (repeats,); they take turns, in an order that alternates.
+def interleaved(calls: Mapping[object, Callable], repeats: int, clock: Clock = time.perf_counter) -> dict:
+    """Times of each call, shape (repeats,); they take turns, in an order that alternates.
 
     Whatever else the machine does meets all of them alike, and entry i of each was measured close to entry i
     of every other. Each is called once before, unmeasured.
@@ -28,7 +30,7 @@ def interleaved(calls: Mapping[object, Callable], repeats: int) -> dict:
     for i in range(repeats):
         names = list(calls)[:: 1 if i % 2 == 0 else -1]
         for name in names:
-            found[name].append(seconds(calls[name]))
+            found[name].append(seconds(calls[name], clock=clock))
     return {name: np.asarray(times) for name, times in found.items()}
 
 

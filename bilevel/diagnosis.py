@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 
 from bilevel.problem import NonFinite, Status
 
-# A cycle turns its own step around and leaves it as long as it was, to rounding.
-_RESTING = 1 - 1e-6
+_DAMP = "damp it (a bilevel.proximal_gradient: lower its step_size)"
+# Growth of a change of params from which on a derivative of the trajectory is worth nothing: finite
+# differences agree below 100, and with none of its digits above 5,000 (`bilevel.estimators.unrolled`).
+_EXPLODED = np.log(1000.0)
 
 
 def why_ended(status: Status, history, method) -> str:
@@ -18,12 +21,18 @@ def why_ended(status: Status, history, method) -> str:
         return method.why_stalled({name: column[-1] for name, column in history.items()})
     last = NonFinite(int(history["nonfinite"][-1]))
     step = int(history["step"][-1])
-    if last & NonFinite.PARAMS:
+    if last & (NonFinite.PARAMS | NonFinite.VALUE) and _growing(history)[-1:].any():
+        what = "the map of the fixed point does not contract, and numbers became too large"
+        fix = f"{_DAMP}, or keep hparams in a range by constraints"
+    elif last & NonFinite.PARAMS:
         what = "params became non-finite: the inner loop diverges"
         fix = "lower the inner learning rate, or keep hparams in a range by constraints"
     elif last & NonFinite.VALUE:
         what = "the outer loss is not finite"
         fix = "look for a nan in the data, or an overflow in the loss"
+    elif last & NonFinite.GRAD and _exploded(history)[-1]:
+        what = "the derivative of the inner loop overflows"
+        fix = _SHORTER
     elif last & NonFinite.GRAD:
         what = "the hypergradient is not finite"
         fix = (
@@ -45,11 +54,12 @@ def final(status: Status, history, may_rest: bool, bounded: bool) -> tuple[Statu
     accepted = history["accepted"]
     expanding = _expanding(history)
     still = not may_rest and accepted.any() and np.all(history["grad_norm"][accepted] == 0)
-    warned = [sentence for sentence in (_indefinite(history), expanding) if sentence]
+    warned = [sentence for sentence in (_indefinite(history), expanding, _exploding(history)) if sentence]
     if still and not warned:
         warned.append(
             "The hypergradient was exactly zero throughout: does the validation loss of the trained "
-            "parameters depend on hparams at all?"
+            "parameters depend on hparams at all? Or has a penalty shrunk all of them to zero? Then start "
+            "with a smaller one."
         )
     if (still or expanding) and status == Status.BUDGET:
         status = Status.STALLED
@@ -69,19 +79,55 @@ def _indefinite(history) -> str:
 
 
 def _expanding(history) -> str:
-    """A sentence where the map of a fixed point grows its own steps, at the end and mostly."""
-    if "contraction" not in history or not history["accepted"].any():
+    """A sentence where the map of a fixed point grows its own steps, mostly and in the later half too."""
+    growing = _growing(history)[history["accepted"]]
+    if not all(2 * part.sum() > part.size for part in (growing, growing[growing.size // 2 :])):
         return ""
-    rates = history["contraction"][history["accepted"]]
-    growing = int(np.sum(rates >= _RESTING))
-    if rates[-1] < _RESTING or 2 * growing <= len(rates):
-        return ""
-    factor = np.median(rates[rates >= _RESTING])
+    factor = np.median(history["contraction"][history["accepted"]][growing])
     return (
-        f"The map of the fixed point does not contract: in {growing} of {len(rates)} outer steps it did not "
-        f"shrink its own step (factor {factor:.3g}, median). Implicit derivatives are those of what it "
-        "converges to: damp it, keep hparams in a range by constraints, or take a trajectory estimator "
+        f"The map of the fixed point does not contract: in {growing.sum()} of {growing.size} outer steps it "
+        f"did not shrink its own step (factor {factor:.3g}, median). Implicit derivatives are those of what "
+        f"it converges to: {_DAMP}, keep hparams in a range by constraints, or take a trajectory estimator "
         "(bilevel.unrolled)."
+    )
+
+
+def _growing(history) -> np.ndarray:
+    """In which outer steps the map of a fixed point did not shrink its own step, or made it no number.
+
+    A cycle leaves it as long as it was, to rounding and to how far the cycle is reached.
+    """
+    if "contraction" not in history:
+        return np.zeros(len(history["step"]), bool)
+    rates = history["contraction"]
+    return ~(rates < 1 - max(1e-6, float(jnp.finfo(rates.dtype).eps) ** 0.5 / 4))
+
+
+# What to do about a trajectory that is chaotic.
+_SHORTER = (
+    "take smaller inner steps (a bound by constraints, where they are tuned), truncate= or clip= of the "
+    "estimator (a bias), bilevel.pes, which needs no derivative, or bilevel.implicit for what acts on the "
+    "inner loss"
+)
+
+
+def _exploded(history) -> np.ndarray:
+    """Of each outer step, whether a small change of params grew too much on the way to the end."""
+    growth = history.get("growth", np.zeros(len(history["step"])))
+    return ~(growth < _EXPLODED)
+
+
+def _exploding(history) -> str:
+    """A sentence where derivatives of the trajectory mean nothing, at the end or mostly."""
+    exploded = _exploded(history)
+    times = int(exploded.sum())
+    if not times or not (exploded[-1] or 2 * times > len(exploded)):
+        return ""
+    factor = np.exp(min(np.median(history["growth"][exploded]), 600))
+    return (
+        f"In {times} of {len(exploded)} outer steps a small change of params had grown by a factor of "
+        f"{factor:.1g} (median) at the end of the inner loop: it is chaotic, and its derivative holds for "
+        f"tiny steps of the hyperparameters only. What to do: {_SHORTER}."
     )
 
 

@@ -97,14 +97,17 @@ def check_influence(problem, inner, through_state: bool, blind: str | None, tree
 
 
 @functools.lru_cache(maxsize=64)
-def check_presence(problem, tree, shapes) -> None:
-    """Raise ValueError where a tuned hyperparameter enters neither loss, differentiably or not."""
+def check_presence(problem, inner, through_state: bool, tree, shapes) -> None:
+    """Raise ValueError where a tuned hyperparameter enters neither loss, differentiably or not.
+
+    Arguments as of `check_influence`.
+    """
     params, hparams, train_batch, valid_batch, model_state = jax.tree.unflatten(tree, shapes)
     leaves, treedef = jax.tree.flatten(hparams)
 
     def acts(leaves, params, train, valid, model_state):
         tree = jax.tree.unflatten(treedef, leaves)
-        return _effects(problem, None, False, params, tree, train, valid, model_state)
+        return _effects(problem, inner, through_state, params, tree, train, valid, model_state)
 
     made = jax.make_jaxpr(acts)(leaves, params, train_batch, valid_batch, model_state).jaxpr
     enters = entering(made, len(leaves))

@@ -188,9 +188,8 @@ class FixedPoint:
     The map is its own inner step, so that methods take ``inner=None``. Its implicit system
     ``(I - A)^T v = b`` with ``A = d_params update`` is not symmetric: take `bilevel.gmres`, `bilevel.neumann`
     or `bilevel.dense` (`bilevel.cg` too for a `bilevel.proximal_gradient`). The implicit derivative is that
-    of
-    what the map converges to, so that it has to contract: the history's column "contraction" has the measured
-    factor by which it shrinks its own step, and a run whose map does not contract says so.
+    of what the map converges to, so that it has to contract: the history's column "contraction" has the
+    measured factor by which it shrinks its own step, and a run whose map does not contract says so.
 
     Args:
       update: ``(params, hparams, batch) -> params``, for instance one step of EM.
@@ -217,6 +216,13 @@ class FixedPoint:
     def __post_init__(self):
         callable_of("update", self.update, "(params, hparams, batch) -> params")
         _finish_problem(self)
+        if self.has_state and self.proximal:
+            raise TypeError("has_state=True: a bilevel.proximal_gradient step has no model state to return.")
+
+    @property
+    def proximal(self) -> bool:
+        """Whether the map is a `bilevel.proximal_gradient`, whose system has a symmetric form."""
+        return isinstance(self.update, Proximal)
 
     def __repr__(self) -> str:
         return _repr_problem(self, "update")
@@ -269,8 +275,21 @@ class Proximal:
 
     def forward(self, params, hparams, batch):
         """The gradient step, before the proximal map."""
-        gradient = jax.grad(self.loss)(params, hparams, batch)
+        gradient = jax.grad(self._value)(params, hparams, batch)
         return jax.tree.map(lambda w, g: (w - self.step_size * g).astype(w.dtype), params, gradient)
+
+    def _value(self, params, hparams, batch):
+        value = self.loss(params, hparams, batch)
+        if isinstance(value, tuple):
+            raise TypeError(
+                f"loss must return one scalar, got a tuple of {len(value)}; metrics belong to outer, and a "
+                "proximal gradient step has no model state"
+            )
+        if jnp.shape(value) != ():
+            raise ValueError(
+                f"loss must return a scalar, got shape {jnp.shape(value)}; take the mean or the sum"
+            )
+        return value
 
 
 def inner_value(problem: Any, params, hparams, batch, model_state) -> tuple[jax.Array, PyTree]:
@@ -421,7 +440,10 @@ class Estimate:
     ``grad`` says that the run has converged; not while a running solution is still far off. ``free_grad``:
     the gradient in free units, of an estimator that works in them; None: that of ``grad`` pulled back.
     ``contraction``: of a fixed point taken for reached, by what factor its map shrinks its own step there;
-    None elsewhere.
+    None elsewhere. ``growth``: of a trajectory estimator, the natural logarithm of how many times longer a
+    small change of params at some inner step is at the end, at most, as the outer loss sees it; divided by
+    the steps an estimate of the Lyapunov exponent. Beyond ``log(1000)`` the gradient holds for tiny steps
+    only. None where it is not measured.
     """
 
     value: jax.Array
@@ -435,6 +457,7 @@ class Estimate:
     settled: Any = True
     free_grad: HParams = None
     contraction: Any = None
+    growth: Any = None
     error_kind: str = static(default=NONE)
 
     @property

@@ -20,13 +20,17 @@ References:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
+from bilevel import prox as maps
 from bilevel import validation
 from bilevel.problem import AnyProblem, FixedPoint, Proximal, callable_of
+from bilevel.trees import readable
 from bilevel.vectors import axpy
 
 
@@ -42,10 +46,12 @@ def proximal_gradient(loss: Callable, prox: Callable, step_size: float) -> Proxi
       loss: ``(params, hparams, batch) -> scalar``, the smooth part.
       prox: ``(params, hparams, step_size) -> params``, the proximal map of ``step_size`` times the penalty,
         see `bilevel.prox`.
-      step_size: at most ``1 / L``, the largest eigenvalue of H; with L of the largest of the batches.
+      step_size: at most ``1 / L``, where L is the largest eigenvalue of H, over all batches; from ``2 / L``
+        on the map need not contract.
 
     Raises:
-      TypeError, ValueError: something that is no function, a step size that is not positive.
+      TypeError, ValueError: something that is no function or takes other arguments, such as `bilevel.prox.l1`
+        itself; a step size that is not positive.
 
     Example:
       >>> import bilevel, jax.numpy as jnp
@@ -60,12 +66,34 @@ def proximal_gradient(loss: Callable, prox: Callable, step_size: float) -> Proxi
     """
     callable_of("loss", loss, "(params, hparams, batch) -> scalar")
     callable_of("prox", prox, "(params, hparams, step_size) -> params")
+    if prox in (maps.l1, maps.elastic_net, maps.group_l2):
+        raise TypeError(
+            "prox must be a function (params, hparams, step_size) -> params, got "
+            f"bilevel.prox.{prox.__name__}, which takes one array and strengths: call it in a function of "
+            'yours, for instance lambda w, hparams, step_size: bilevel.prox.l1(w, step_size * hparams["l1"]).'
+        )
+    _takes("loss", loss, "params, hparams, batch")
+    _takes("prox", prox, "params, hparams, step_size")
+    if isinstance(step_size, (np.ndarray, jax.Array)) and step_size.ndim == 0 and readable(step_size):
+        step_size = step_size.item()
     return Proximal(loss, prox, validation.number("step_size", step_size, positive=True))
+
+
+def _takes(name: str, fn, arguments: str) -> None:
+    """Raise TypeError for a function of other arguments."""
+    try:
+        inspect.signature(fn).bind(*arguments.split(", "))
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is called as {name}({arguments}), which it does not take: {error}."
+        ) from None
+    except ValueError:
+        pass  # a builtin without a signature
 
 
 def is_proximal(problem: AnyProblem) -> bool:
     """Whether Eq. (2) holds of a problem."""
-    return isinstance(problem, FixedPoint) and isinstance(problem.update, Proximal)
+    return isinstance(problem, FixedPoint) and problem.proximal
 
 
 def restricted_system(update: Any, params, hparams, batch, b):

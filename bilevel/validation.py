@@ -23,7 +23,6 @@ from bilevel.problem import (
     LinearSolver,
     Method,
     Problem,
-    Proximal,
     PyTree,
     inner_value,
     outer_value,
@@ -123,6 +122,13 @@ def number(
     return value
 
 
+def one_of(name: str, value, allowed: tuple[str, ...]) -> str:
+    """The value; ValueError where it is none of the names allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
+    return value
+
+
 def random_key(name: str, key) -> jax.Array:
     """A single typed PRNG key; the older raw uint32 form is wrapped."""
     if isinstance(key, jax.Array):
@@ -197,7 +203,7 @@ def called(value) -> str:
 
 def linear_system(name: str, solver, problem) -> None:
     """Raise TypeError where a linear solver is for symmetric systems and that of the problem is not."""
-    symmetric = not isinstance(problem, FixedPoint) or isinstance(problem.update, Proximal)
+    symmetric = not isinstance(problem, FixedPoint) or problem.proximal
     if not symmetric and getattr(solver, "symmetric_only", False):
         raise TypeError(
             f"{name}: the system of a FixedPoint is not symmetric, which bilevel.{called(solver)}() needs; "
@@ -444,13 +450,13 @@ def problem_on_data(
         _check_tuned(inner, params, hparams)
         _check_step(problem, inner, params, hparams, train_batch, model_state, steps)
     leaves, treedef = jax.tree.flatten(jax.tree.map(abstract, args))
+    acting = inner if isinstance(inner, Tuned) else None
+    through_state = problem.has_state and estimator.trajectory and steps > 1
     if getattr(estimator, "responds", False):
-        influence.check_presence(problem, treedef, tuple(leaves))
+        influence.check_presence(problem, acting, through_state, treedef, tuple(leaves))
         return metrics
     _refuse_integer(problem, estimator, hparams)
     blind = None if _sees_start(estimator, steps) else called(estimator)
-    acting = inner if isinstance(inner, Tuned) else None
-    through_state = problem.has_state and estimator.trajectory and steps > 1
     influence.check_influence(problem, acting, through_state, blind, treedef, tuple(leaves))
     return metrics
 

@@ -139,7 +139,7 @@ def test_the_program_by_hand_has_the_same_loss_and_slope():
 @pytest.fixture(scope="module")
 def rows():
     with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False):
-        patch.setattr(study, "LEVELS", (2, 2, 2))
+        patch.setattr(study, "LEVELS", {"gaussian": (2, 1, 3)})
         yield study.study(tiny, "tiny", [1], [0, 1], study.DEFAULT, steps=2)
 
 
@@ -153,8 +153,39 @@ def test_all_arms_are_there_and_judged(rows):
     by_arm = {row.arm: row for row in rows if row.seed == 1}
     assert by_arm["random"].seconds >= by_arm["unem"].seconds > 0
     assert by_arm["random"].tried % study.CHUNK == 0
-    assert by_arm["grid_3d"].tried == 8
+    assert by_arm["grid"].tried == 6
+    assert by_arm["grid"].hparams["temperature"] == [1.0]
     assert by_arm["em"].hparams == {name: [1.0] for name in study.NAMES}
+
+
+def test_random_search_needs_the_time_of_another_arm():
+    with pytest.raises(
+        ValueError, match="random gets the seconds that unem takes: run both, --arms unem random"
+    ):
+        study.study(tiny, "tiny", [1], [0], ["random"])
+
+
+def test_two_numbers_act_on_a_gaussian():
+    """The grid leaves the temperature at 1: another one is another prior weight and another scale."""
+    (train, valid), problem = tiny(0, 1).valid, study.problem("gaussian", 1)
+    update, losses = jax.jit(problem.update), []
+    for strengths in ((1.5, 1.0, 1.2), (6.0, 4.0, 2.4), (1.5, 1.0, 1.3)):
+        hparams = study.constant(*strengths)
+        params = problem.start(hparams, train, jax.random.key(0))
+        for _ in range(3):
+            params = update(params, hparams, train)
+        losses.append(float(problem.outer(params, None, valid)[0]))
+    assert abs(losses[1] - losses[0]) < 1e-5 < abs(losses[2] - losses[0])
+
+
+def test_other_runs_of_a_file_are_kept(monkeypatch, tmp_path):
+    def row(arm, seed, test):
+        return Row("digits", 1, arm, seed, 0.0, test, 0.0, 0, {name: [1.0] for name in study.NAMES})
+
+    save_lines([row("em", 0, 0.5), row("em", 1, 0.6)], tmp_path / "runs.jsonl")
+    monkeypatch.setattr(study, "study", lambda *args: args[-1](row("em", 0, 0.7)))
+    study.main(["--out", str(tmp_path)])
+    assert few_shot_report.load(tmp_path / "runs.jsonl", Row) == [row("em", 1, 0.6), row("em", 0, 0.7)]
 
 
 def test_a_search_takes_the_best_on_validation():

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -472,6 +473,21 @@ def test_a_dead_worker_is_reported(tmp_path, capsys, monkeypatch):
         "error: 2 of 2 workers died (status -9, -9); the rows that are there are good. "
         "Run the same command again for the others.\n"
     )
+
+
+def test_what_the_pages_name_can_be_run():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = {
+        name for page in pages for name in re.findall(r"python -m benchmarks ([a-z]\w*)", page.read_text())
+    }
+    assert len(named) > 10
+    assert named <= {*entry.NAMES, *entry.LONG, *command.COMMANDS}
+
+
+def test_every_benchmark_has_a_name():
+    folder = ROOT / "benchmarks"
+    runnable = {path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text()}
+    assert runnable - {"__main__", "command"} == {*entry.NAMES, *entry.LONG}
 
 
 def test_unknown_checks_are_named(capsys):
