@@ -21,6 +21,10 @@ install: $(VENV)/.installed ## Build .venv with the library and the development 
 test: $(VENV)/.installed ## Run the tests (WORKERS=2 processes)
 	$(VENV)/bin/python -m pytest -n $(WORKERS)
 
+.PHONY: test-all
+test-all: $(VENV)/.installed ## Run all of the tests, twice as many
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --all
+
 .PHONY: demo
 demo: $(VENV)/.installed ## Run the demonstration
 	$(VENV)/bin/bilevel demo

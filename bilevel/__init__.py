@@ -1,6 +1,6 @@
 """Tune hyperparameters by gradient: bilevel optimisation for JAX, optax and flax."""
 
-from bilevel import em, imaging, prox
+from bilevel import em, imaging, prox, schedules
 from bilevel.argmin import argmin
 from bilevel.check import HypergradientCheck, check_hypergradient
 from bilevel.checkpoint import checkpoints
@@ -12,6 +12,7 @@ from bilevel.estimators.forward import forward
 from bilevel.estimators.implicit import implicit
 from bilevel.estimators.look_back import look_back
 from bilevel.estimators.penalty import penalty
+from bilevel.estimators.pes import pes
 from bilevel.estimators.unrolled import one_step, unrolled
 from bilevel.hypergradient import hypergradient
 from bilevel.inner_loops.accelerated import accelerated
@@ -134,6 +135,7 @@ __all__ = [
     "optimize",
     "path_smoothness",
     "penalty",
+    "pes",
     "picard",
     "pmean",
     "population",
@@ -143,6 +145,7 @@ __all__ = [
     "real",
     "ridge_smoothness",
     "saba",
+    "schedules",
     "sgd",
     "simplex",
     "slip",

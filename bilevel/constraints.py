@@ -338,10 +338,13 @@ class BoundConstraints:
     def pull_back(self, free, grad):
         """Gradient in free units of a gradient in natural units; zero for what is not tuned."""
         _, vjp = jax.vjp(self.to_natural, free)
-        (pulled,) = vjp(grad)
+        return self.only_tuned(vjp(grad)[0])
+
+    def only_tuned(self, grad):
+        """A gradient with zeros for what is not tuned."""
         mask = [
             jnp.zeros_like(g) if isinstance(c, Fixed) else g
-            for c, g in zip(self.leaves, self.treedef.flatten_up_to(pulled), strict=True)
+            for c, g in zip(self.leaves, self.treedef.flatten_up_to(grad), strict=True)
         ]
         return jax.tree.unflatten(self.treedef, mask)
 

@@ -86,6 +86,22 @@ def _plot_members(ax, steps, lines, best: int, label: str | None = None, log: bo
             ax.set_ylim(low - 0.05 * room, high + 0.5 * room)
 
 
+def plot_schedule(schedule):
+    """See `bilevel.Schedule.plot`."""
+    steps, lines = np.asarray(schedule.steps), np.reshape(schedule.values, (len(schedule.steps), -1))
+    fig = figure(figsize=(4.8, 3.2))
+    ax = fig.subplots()
+    style = {"drawstyle": "steps-post"} if schedule.interpolation == "constant" else {}
+    if style:  # the last window is as long as the one before
+        steps = np.append(steps, 2 * steps[-1] - steps[max(len(steps) - 2, 0)])
+        lines = np.concatenate([lines, lines[-1:]])
+    ax.plot(steps, lines[:, :_MOST_LINES], lw=1.2, **style)
+    if lines.min() > 0 and lines.max() > 30 * lines.min():
+        ax.set_yscale("log")
+    ax.set(xlabel="training step", ylabel="value")
+    return fig
+
+
 def plot_leaf(ax, trajectory, i: int, best: int | None = None) -> None:
     """Hyperparameter leaf ``i`` over time: its entries, or a band of quantiles where they are many.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,22 +36,22 @@ def _spread(out, spec, tree, default, is_setting, name, of, path) -> None:
     if spec is None or is_setting(spec):
         out.extend([default if spec is None else spec] * len(jax.tree.leaves(tree)))
         return
-    children, specs = _children(tree), _children(spec)
+    parts, specs = children(tree), children(spec)
     if not specs:
         out.extend([default] * len(jax.tree.leaves(tree)))
         return
-    unknown = [child for child in specs if child not in children]
-    if unknown or (not isinstance(spec, Mapping) and len(specs) != len(children)):
-        have = ", ".join(children) if children else "no parts: it is one array"
+    unknown = [child for child in specs if child not in parts]
+    if unknown or (not isinstance(spec, Mapping) and len(specs) != len(parts)):
+        have = ", ".join(parts) if parts else "no parts: it is one array"
         raise ValueError(
             f"{name}{path} names {', '.join(unknown) or 'only some parts'}, but {of}{path} has {have}. "
             f"The settings have the structure of {of}, or a prefix of it."
         )
-    for child, subtree in children.items():
+    for child, subtree in parts.items():
         _spread(out, specs.get(child), subtree, default, is_setting, name, of, path + child)
 
 
-def _children(tree) -> dict[str, Any]:
+def children(tree) -> dict[str, Any]:
     """One level down, in the order of the leaves; empty for an array."""
     pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
     return {jax.tree_util.keystr(path): child for path, child in pairs if path}
@@ -66,3 +67,35 @@ def readable(leaf) -> bool:
     if isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)):
         return False
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+
+
+def split_floating(tree):
+    """Floating leaves, in a list; and the tree with None in their places."""
+    leaves, treedef = jax.tree.flatten(tree)
+    floating = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves]
+    moving = [x for x, f in zip(leaves, floating, strict=True) if f]
+    rest = [None if f else x for x, f in zip(leaves, floating, strict=True)]
+    return moving, _Rest(rest, treedef)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    """The leaves that are not floating, and the structure of all."""
+
+    leaves: list
+    treedef: object
+
+    def tree_flatten(self):
+        return (self.leaves,), self.treedef
+
+    @classmethod
+    def tree_unflatten(cls, treedef, children):
+        return cls(children[0], treedef)
+
+
+def joined(moving, rest: _Rest):
+    """The inverse of `split_floating`."""
+    floats = iter(moving)
+    leaves = [next(floats) if x is None else x for x in rest.leaves]
+    return jax.tree.unflatten(rest.treedef, leaves)

@@ -1,5 +1,11 @@
-"""Tests are stricter than users: float64, no silent rank promotion, warnings are errors, four devices."""
+"""Tests are stricter than users: float64, no silent rank promotion, warnings are errors, four devices.
 
+Of the large tables (a test with many cases, each a program to compile) a fixed half is run, and tests marked
+``thorough`` are not; ``--all`` runs everything.
+"""
+
+import collections
+import hashlib
 import importlib.metadata
 import os
 
@@ -30,8 +36,39 @@ settings.load_profile("tests")
 LONGEST = ("test_docs.py", "test_conformance.py", "test_hosts.py", "test_resume.py", "test_meshes.py")
 
 
-def pytest_collection_modifyitems(items):
+# Files whose cases take long, and the least cases of a test of which half are left out.
+TABLES = {
+    *("argmin", "bo_rep", "check", "communication", "conformance", "data", "em", "estimators", "imaging"),
+    *("inner_loops", "inner_settings", "known_smoothness", "linear_solvers", "long_horizons", "maid", "meshes"),
+    *("model_state", "nn_hypernetwork", "nn_layers", "nn_noise", "online", "optimize", "parallel", "populations"),
+    *("presets", "proximal", "resume", "stn", "structure"),
+}
+LEAST = 4
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every case of the large tables, and thorough tests")
+
+
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    # Who names one test, by its file and case, means it.
+    if config.getoption("--all") or any("::" in arg for arg in config.args):
+        return
+    cases = collections.Counter((item.path, item.originalname) for item in items)
+
+    def left_out(item) -> bool:
+        if item.get_closest_marker("thorough"):
+            return True
+        table = item.path.stem.removeprefix("test_") in TABLES
+        if not table or cases[item.path, item.originalname] < LEAST:
+            return False
+        # By the name, so that it does not depend on the order, and no value of a product of cases goes missing.
+        return hashlib.sha256(item.name.encode()).digest()[0] % 2 == 1
+
+    left = [item for item in items if left_out(item)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not left_out(item)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -27,6 +27,9 @@ STEPS = 80
 SGD = optax.sgd(STEP_SIZE)
 # A fit with noise that vanishes with its error, in units that make it a third as fast or less.
 FITS, SCALE = 1000, 1e-3
+# Of evolution strategies; a mean of half as many squares of normal numbers stays within it.
+PARTICLES = 64
+RANDOM = 3 * (2 / (PARTICLES / 2)) ** 0.5
 
 
 def descent(problem):
@@ -52,8 +55,8 @@ class EstimatorRow:
     its state has leaves. ``fresh``: it takes batches beyond the step's own, ``batches`` of them at once.
     ``error_kind``: what its error means. ``solver``: it solves a linear system, with ``scale`` times the
     inner Hessian. ``outer_grads``: how many it takes. ``amplified``: so many times larger is its rounding.
-    ``problem`` and ``quadratic``: the ridge problem and
-    the quadratic one as it takes them.
+    ``random``: relative error of its own random numbers, three times the standard one. ``problem`` and
+    ``quadratic``: the ridge problem and the quadratic one as it takes them.
     """
 
     factory: str
@@ -73,6 +76,7 @@ class EstimatorRow:
     scale: float = 1.0
     outer_grads: int = 1
     amplified: float = 1.0
+    random: float = 0.0
     multiplier: float | None = None
     problem: Any = RIDGE
     quadratic: Any = QUADRATIC
@@ -206,6 +210,30 @@ ESTIMATORS = (
         memory=True,
         fresh=True,
         amplified=1 / SCALE,
+    ),
+    EstimatorRow(
+        "pes",
+        "pes",
+        lambda: bilevel.pes(STEPS, PARTICLES, SCALE, SGD, STEPS),
+        rtol=RANDOM,
+        random=RANDOM,
+        trajectory=True,
+        steps=(PARTICLES + 1) * STEPS,
+        outer_grads=PARTICLES + 1,
+        memory=True,
+        amplified=1 / SCALE,
+    ),
+    EstimatorRow(
+        "pes",
+        "pes(analytic)",
+        lambda: bilevel.pes(STEPS, 2, SCALE, SGD, STEPS, analytic=True),
+        rtol=1e-9,
+        trajectory=True,
+        steps=3 * STEPS,
+        outer_grads=3,
+        kept=STEPS,
+        passes=2,
+        memory=True,
     ),
     _solving(
         "implicit(dense), fixed point",
@@ -403,7 +431,7 @@ OTHER = {
     *("estimate_smoothness", "logistic_smoothness", "ridge_smoothness"),
     # In files of their own: they take whole arrays, lifted problems, or problems with constants.
     *("maid", "hoag", "isgd"),
-    *("imaging", "em", "prox", "proximal_gradient"),
+    *("imaging", "em", "prox", "proximal_gradient", "schedules"),
     *("online", "tune", "get_hparams"),
     # Random or in a cycle also with whole arrays; with the other presets in a file of their own.
     *("ttsa", "bome", "slip"),

@@ -78,6 +78,7 @@ def one_device(tmp_path_factory):
     return of
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 4)], ids=["8 devices", "2 processes x 4"])
 def test_every_estimator_and_method_agrees_with_one_device(one_device, tmp_path, processes, devices):
     got = results("table", tmp_path, processes, devices)
@@ -93,8 +94,11 @@ JOBS = (
 
 @pytest.mark.parametrize(
     ("jobs", "processes", "devices"),
-    [(JOBS, 2, 2), ("minibatches process_local", 4, 1)],
-    ids=["2 x 2", "4 x 1"],
+    [
+        pytest.param("minibatches process_local members", 2, 2, id="2 x 2, some"),
+        pytest.param(JOBS, 2, 2, id="2 x 2", marks=pytest.mark.thorough),
+        pytest.param("minibatches process_local", 4, 1, id="4 x 1", marks=pytest.mark.thorough),
+    ],
 )
 def test_several_processes_agree_with_one(one_device, tmp_path, jobs, processes, devices):
     folders = [tmp_path / name for name in ("several", "one")]

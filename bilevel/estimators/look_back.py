@@ -27,7 +27,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from bilevel import validation
 from bilevel.estimators.rollout import settings
@@ -35,6 +34,7 @@ from bilevel.estimators.unrolled import OneStep
 from bilevel.inner_solvers import inner_step, started
 from bilevel.linear_solvers import axpy
 from bilevel.problem import outer_value
+from bilevel.trees import joined, split_floating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +50,16 @@ class LookBack(OneStep):
         point = jax.lax.fori_loop(
             0, last, lambda j, p: inner_step(problem, self.inner, p, hparams, draw(j)), point
         )
-        z, rest = _split(point)
+        z, rest = split_floating(point)
 
         def step(z, hparams):
-            return _split(inner_step(problem, self.inner, _join(z, rest), hparams, draw(last)))
+            return split_floating(inner_step(problem, self.inner, joined(z, rest), hparams, draw(last)))
 
         z, pull, rest = jax.vjp(step, z, hparams, has_aux=True)
-        end = _join(z, rest)
+        end = joined(z, rest)
 
         def outer(z, hparams):
-            at = _join(z, rest)
+            at = joined(z, rest)
             return outer_value(problem, at.params, hparams, valid, at.model_state)
 
         (value, metrics), (v, direct) = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(z, hparams)
@@ -72,37 +72,6 @@ class LookBack(OneStep):
         _, p = jax.lax.fori_loop(1, self.terms, back, (v, v))
         grad = axpy(1.0, pull(p)[1], direct)
         return self.report(problem, value, grad, end, metrics, draw, valid, passes=self.terms), state
-
-
-def _split(tree):
-    """Floating leaves, in a list; and the tree with None in their places."""
-    leaves, treedef = jax.tree.flatten(tree)
-    floating = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in leaves]
-    moving = [x for x, f in zip(leaves, floating, strict=True) if f]
-    rest = [None if f else x for x, f in zip(leaves, floating, strict=True)]
-    return moving, _Rest(rest, treedef)
-
-
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
-class _Rest:
-    """The leaves that are not floating, and the structure of all."""
-
-    leaves: list
-    treedef: object
-
-    def tree_flatten(self):
-        return (self.leaves,), self.treedef
-
-    @classmethod
-    def tree_unflatten(cls, treedef, children):
-        return cls(children[0], treedef)
-
-
-def _join(moving, rest: _Rest):
-    floats = iter(moving)
-    leaves = [next(floats) if x is None else x for x in rest.leaves]
-    return jax.tree.unflatten(rest.treedef, leaves)
 
 
 def look_back(terms: int, inner=None) -> LookBack:
@@ -134,5 +103,5 @@ def look_back(terms: int, inner=None) -> LookBack:
       20: 1.000
     """
     terms = validation.whole_number("terms", terms, 1)
-    inner, steps, truncate, per_step = settings(inner, None if inner is None else 1, 1, None)
-    return LookBack(inner, steps, truncate, True, per_step, terms)
+    inner, steps, truncate, per_step, clip = settings(inner, None if inner is None else 1, 1, None)
+    return LookBack(inner, steps, truncate, True, per_step, clip, terms)

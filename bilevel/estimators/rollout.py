@@ -9,6 +9,7 @@ deep nets with sublinear memory cost", 2016, arXiv:1604.06174).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,7 +20,9 @@ from bilevel import validation
 from bilevel.inner_solvers import inner_step, started
 from bilevel.lift import examples
 from bilevel.problem import Counts, Estimate, FixedPoint, Point, StaticTree, outer_value, unsolved
-from bilevel.trees import spread
+from bilevel.schedules import Knots
+from bilevel.trees import children, spread
+from bilevel.vectors import norm, scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,7 @@ class TrajectoryEstimator:
     truncate: int | None
     remat: bool
     per_step: StaticTree | None
+    clip: float | None
     trajectory = True
 
     def init(self, problem, point, hparams):
@@ -50,23 +54,14 @@ class TrajectoryEstimator:
         )
 
     def seen(self, hparams, j):
-        """What the losses and optimisers see at inner step ``j``."""
+        """What the losses and optimisers see at inner step ``j``; -1: at the last."""
         if self.per_step is None:
             return hparams
         if self.steps is None:
             raise ValueError(self._unsettled)
-        stepwise = spread(
-            self.per_step.tree(), hparams, False, lambda x: isinstance(x, bool), "per_step", "hparams"
-        )
-        paths, treedef = jax.tree_util.tree_flatten_with_path(hparams)
-        for (path, leaf), flag in zip(paths, stepwise, strict=True):
-            if flag and jnp.shape(leaf)[:1] != (self.steps,):
-                raise ValueError(
-                    f"hparams{validation.name_of(path)} is declared per_step, one entry for each of the "
-                    f"{self.steps} inner steps, but has shape {jnp.shape(leaf)}."
-                )
-        entries = [x[j] if f else x for (_, x), f in zip(paths, stepwise, strict=True)]
-        return jax.tree.unflatten(treedef, entries)
+        settings = self.per_step.tree()
+        spread(settings, hparams, False, _is_setting, "per_step", "hparams")
+        return _at_step(settings, hparams, j, self.steps, "")
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -74,17 +69,17 @@ class TrajectoryEstimator:
         assert self.steps is not None  # checked by init
         return self.steps, self.steps if self.truncate is None else min(self.truncate, self.steps)
 
-    def outer_at_end(self, problem, point: Point, draw, valid, key):
-        """The function ``hparams -> (value, (end point, metrics))``."""
+    def outer_at(self, problem, valid):
+        """The function ``(end point, hparams) -> (value, metrics)``."""
 
-        def value(hparams):
-            end = rollout(self, problem, point, hparams, draw, key)
-            value, metrics = outer_value(problem, end.params, self.seen(hparams, -1), valid, end.model_state)
-            return value, (end, metrics)
+        def value(end, hparams):
+            return outer_value(problem, end.params, self.seen(hparams, -1), valid, end.model_state)
 
         return value
 
-    def report(self, problem, value, grad, end: Point, metrics, draw, valid, passes: int) -> Estimate:
+    def report(
+        self, problem, value, grad, end: Point, metrics, draw, valid, passes: int, growth=None
+    ) -> Estimate:
         """The estimate at the end point, derivatives having taken ``passes`` sweeps over the steps kept."""
         steps, kept = self.lengths
         batch_rows = jnp.float32(examples(problem, draw.last))
@@ -101,11 +96,62 @@ class TrajectoryEstimator:
             ),
             solve=unsolved(value),
             metrics=metrics,
+            growth=growth,
         )
 
 
-def settings(inner, steps, truncate, per_step) -> tuple[Any, int | None, int | None, StaticTree | None]:
-    """The arguments of a factory, checked."""
+def _is_setting(x) -> bool:
+    return isinstance(x, bool) or callable(x)
+
+
+def _at_step(setting, tree, j, steps: int, path: str):
+    """What is seen at step ``j`` of a tree whose entries, or numbers, are those of schedules."""
+    if setting is None or setting is False:
+        return tree
+    if setting is True:
+        return jax.tree_util.tree_map_with_path(
+            lambda own, leaf: _entry(leaf, j, steps, path + validation.name_of(own)), tree
+        )
+    if callable(setting):
+        if isinstance(setting, Knots) and setting.steps[-1] >= steps:
+            raise ValueError(
+                f"per_step{path} has a knot or window at step {setting.steps[-1]} of a run with steps from 0 "
+                f"to {steps - 1}."
+            )
+        return jnp.asarray(_schedule(setting, tree, path)(steps - 1 if _is_last(j) else j))
+    named = children(setting)
+    parts = [_at_step(named.get(n), child, j, steps, path + n) for n, child in children(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=lambda x: x is not tree), parts)
+
+
+def _is_last(j) -> bool:
+    return isinstance(j, int) and j == -1
+
+
+def _entry(leaf, j, steps: int, path: str):
+    if jnp.shape(leaf)[:1] != (steps,):
+        raise ValueError(
+            f"hparams{path} is declared per_step, one entry for each of the {steps} inner steps, but has "
+            f"shape {jnp.shape(leaf)}."
+        )
+    return leaf[j]
+
+
+def _schedule(make, tree, path: str):
+    try:
+        schedule = make(tree)
+    except ValueError as error:
+        raise ValueError(f"hparams{path} is declared per_step: {error}") from error
+    if not callable(schedule):
+        raise TypeError(
+            f"per_step{path} must make a schedule, a function of the inner step, of hparams{path}; it made "
+            f"{schedule!r:.80}."
+        )
+    return schedule
+
+
+def settings(inner, steps, truncate, per_step, clip=None) -> tuple:
+    """The arguments of a factory, checked; `remat` stands between the last two of an estimator."""
     if inner is not None:
         validation.kind("inner", inner, "an inner optimiser")
     if steps is not None:
@@ -116,28 +162,48 @@ def settings(inner, steps, truncate, per_step) -> tuple[Any, int | None, int | N
             raise ValueError(f"truncate must be at most steps = {steps}, got {truncate}.")
     if per_step is not None:
         per_step = StaticTree.of(per_step)
-        if not all(isinstance(leaf, bool) for leaf in per_step.leaves):
-            raise TypeError(f"per_step must hold True and False, got {per_step!r}.")
-    return inner, steps, truncate, per_step
+        for leaf in per_step.leaves:
+            if not _is_setting(leaf):
+                raise TypeError(
+                    "per_step must hold True, False, or what makes a schedule of the hyperparameters there, "
+                    f"such as bilevel.schedules.windows(20, steps=1000); got {leaf!r:.80}."
+                )
+    if clip is not None:
+        clip = validation.number("clip", clip, positive=True)
+    return inner, steps, truncate, per_step, clip
 
 
-def rollout(settings: TrajectoryEstimator, problem, point: Point, hparams, draw, key) -> Point:
-    """The point after all steps; differentiable by hparams through the last ``truncate`` of them."""
+def begun(settings: TrajectoryEstimator, problem, point: Point, hparams, draw, key) -> Point:
+    """The point that the steps kept start from; differentiable by hparams only where they are all of them."""
     total, kept = settings.lengths
     first = total - kept
+    if not first:
+        return started(problem, settings.inner, point, settings.seen(hparams, 0), draw(0), key)
+    hparams = jax.lax.stop_gradient(hparams)
+    point = started(problem, settings.inner, point, settings.seen(hparams, 0), draw(0), key)
+    point = jax.lax.fori_loop(0, first, lambda j, p: stepped(settings, problem, p, hparams, draw, j), point)
+    return jax.lax.stop_gradient(point)
 
-    def step(hparams, point, j):
-        return inner_step(problem, settings.inner, point, settings.seen(hparams, j), draw(j))
 
-    detached = jax.lax.stop_gradient(hparams) if first else hparams
-    point = started(problem, settings.inner, point, settings.seen(detached, 0), draw(0), key)
-    if first:
-        point = jax.lax.fori_loop(0, first, lambda j, p: step(detached, p, j), point)
-        point = jax.lax.stop_gradient(point)
-    steps = first + jnp.arange(kept)
+def stepped(settings: TrajectoryEstimator, problem, point: Point, hparams, draw, j) -> Point:
+    """The point after inner step ``j``."""
+    return inner_step(problem, settings.inner, point, settings.seen(hparams, j), draw(j))
 
-    def kept_step(point, j):
-        return step(hparams, point, j), None
+
+def rollout(settings: TrajectoryEstimator, problem, point: Point, hparams, draw, key, probes) -> Point:
+    """The point after all steps; differentiable in reverse mode by hparams through the last ones kept.
+
+    ``probes``: zeros for each of the steps kept. Their derivatives, for a cotangent v of the end, are the
+    norms of those of params before each step.
+    """
+    total, kept = settings.lengths
+    point = begun(settings, problem, point, hparams, draw, key)
+    steps = jnp.arange(total - kept, total), probes
+
+    def kept_step(point, step):
+        j, probe = step
+        point = dataclasses.replace(point, params=_watched(settings.clip, point.params, probe))
+        return stepped(settings, problem, point, hparams, draw, j), None
 
     if not settings.remat:
         return jax.lax.scan(kept_step, point, steps)[0]
@@ -149,9 +215,30 @@ def rollout(settings: TrajectoryEstimator, problem, point: Point, hparams, draw,
     def segment(point, steps):
         return jax.lax.scan(kept_step, point, steps)
 
-    segments = steps[:full].reshape(-1, length)
+    segments = jax.tree.map(lambda x: x[:full].reshape(-1, length), steps)
     point, _ = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), point, segments)
-    return segment(point, steps[full:])[0] if full < kept else point
+    rest = jax.tree.map(lambda x: x[full:], steps)
+    return segment(point, rest)[0] if full < kept else point
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _watched(clip: float | None, params, probe):
+    """Params; backwards their cotangent, not longer than ``clip``, and its norm for the probe."""
+    del clip, probe
+    return params
+
+
+def _watched_back(clip, probe, cotangent):
+    size = norm(cotangent).astype(probe.dtype)
+    return cotangent if clip is None else shortened(cotangent, size, clip), size
+
+
+_watched.defvjp(lambda clip, params, probe: (params, probe), _watched_back)
+
+
+def shortened(v, size, limit: float):
+    """A tree of norm ``size``, at most as long as the limit."""
+    return scaled(v, limit / jnp.maximum(size, limit))
 
 
 def segment_length(steps: int) -> int:

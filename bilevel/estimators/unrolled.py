@@ -12,8 +12,16 @@ solution by what T steps leave unfinished. Truncated to the last K steps it has 
 mu-strongly convex loss (Shaban et al., 2019).
 
 Cost: T inner gradients, and about three more passes backwards. Memory: O(sqrt(T)) copies of params and
-optimiser state, O(T) without remat. Long trajectories of adaptive optimisers can be chaotic: their
-true derivative explodes; truncate, or use implicit differentiation.
+optimiser state, O(T) without remat.
+
+Long trajectories of adaptive optimisers, or of any optimiser at too large a step, can be chaotic: their true
+derivative explodes, and says nothing about a step that one could take. The pass backwards measures that::
+
+    growth = log max_t |alpha_t| / |alpha_T|,    alpha_t of params                               (2)
+
+A network of 64-50-50-10 tanh units on digits agrees with finite differences to a percent wherever the maximum
+is below 100, and to no digit where it is above 5,000 (Adam, 100 to 1,000 steps). Then truncate, clip alpha_t
+(a bias that is not bounded), train with smaller steps, or take `bilevel.pes` or `bilevel.implicit`.
 
 References:
   Franceschi, Donini, Frasconi and Pontil, "Forward and reverse gradient-based hyperparameter
@@ -29,9 +37,12 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from bilevel import validation
-from bilevel.estimators.rollout import TrajectoryEstimator, settings
+from bilevel.estimators.rollout import TrajectoryEstimator, rollout, settings
+from bilevel.trees import joined, split_floating
+from bilevel.vectors import axpy, norm, scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +51,37 @@ class Unrolled(TrajectoryEstimator):
 
     def estimate(self, problem, state, point, hparams, draw, valid, key):
         """Eq. (1) from the point given; the point of the estimate is the end of the trajectory."""
-        fn = self.outer_at_end(problem, point, draw, valid, key)
+        probes = jnp.zeros(self.lengths[1], jax.eval_shape(norm, point.params).dtype)
+
+        def moved(hparams, probes):
+            return split_floating(rollout(self, problem, point, hparams, draw, key, probes))
+
+        moving, pull, rest = jax.vjp(moved, hparams, probes, has_aux=True)
+        outer = self.outer_at(problem, valid)
+        (value, metrics), (v, direct) = jax.value_and_grad(
+            lambda moving, hparams: outer(joined(moving, rest), hparams), argnums=(0, 1), has_aux=True
+        )(moving, hparams)
+        # Of unit length, so that clip is a factor.
+        size = norm(v)
+        size = jnp.where(size > 0, size, 1)
         try:
-            (value, (end, metrics)), grad = jax.value_and_grad(fn, has_aux=True)(hparams)
+            indirect, sizes = pull(scaled(v, 1 / size))
         except ValueError as error:
             if "Reverse-mode" not in str(error):
                 raise
             raise ValueError(
                 "inner: reverse mode cannot pass through the while loop of this optimiser (a line search?); "
-                "take one without, bilevel.forward() or bilevel.implicit()."
+                "take one without, bilevel.forward(), bilevel.pes() or bilevel.implicit()."
             ) from error
-        return self.report(problem, value, grad, end, metrics, draw, valid, passes=1), state
+        grad = axpy(size, indirect, direct)
+        growth = jnp.log(jnp.maximum(jnp.max(sizes), 1)) if self.columns else None
+        end = joined(moving, rest)
+        return self.report(problem, value, grad, end, metrics, draw, valid, 1, growth), state
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a history has of it: Eq. (2), where there is more than one step."""
+        return ("growth",) if self.lengths[1] > 1 else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +106,7 @@ def unrolled(
     truncate: int | None = None,
     remat: bool = True,
     per_step=None,
+    clip: float | None = None,
 ) -> Unrolled:
     """Reverse mode through an inner loop of optax steps.
 
@@ -83,8 +115,12 @@ def unrolled(
       steps: length of the trajectory; default the method's inner steps.
       truncate: differentiate through so many last steps only; default all.
       remat: keep about sqrt(steps) points and recompute the rest; False keeps every step.
-      per_step: bools over hparams, laid out like constraints: True leaves have a leading axis with an entry
-        for each step, which the inner loss and optimiser see at that step; outer sees the last one.
+      per_step: what changes with the step, laid out over hparams like constraints: True leaves have a leading
+        axis with an entry for each step; a function makes an optax schedule of what is there, such as
+        ``bilevel.schedules.windows(20, steps=1000)`` of 20 numbers. The inner loss and optimiser see the
+        value at their step, outer that at the last one.
+      clip: shorten alpha_t of Eq. (1) to so many times the length of the outer gradient; None: never. A bias
+        without bound, for trajectories whose derivative explodes.
 
     Raises:
       TypeError, ValueError: an optimiser that is none, counts out of range.
@@ -100,8 +136,8 @@ def unrolled(
       >>> print(f"{est.params:.3f} {est.grad:.3f}")
       1.000 1.000
     """
-    inner, steps, truncate, per_step = settings(inner, steps, truncate, per_step)
-    return Unrolled(inner, steps, truncate, validation.flag("remat", remat), per_step)
+    inner, steps, truncate, per_step, clip = settings(inner, steps, truncate, per_step, clip)
+    return Unrolled(inner, steps, truncate, validation.flag("remat", remat), per_step, clip)
 
 
 def one_step(inner=None) -> OneStep:
@@ -116,5 +152,5 @@ def one_step(inner=None) -> OneStep:
       inner: an optax optimiser, for one step from the point given; default the inner loop of the
         method it is used in, whose last step is differentiated, and for a `bilevel.FixedPoint` its map.
     """
-    inner, steps, truncate, per_step = settings(inner, None if inner is None else 1, 1, None)
-    return OneStep(inner, steps, truncate, True, per_step)
+    inner, steps, truncate, per_step, clip = settings(inner, None if inner is None else 1, 1, None)
+    return OneStep(inner, steps, truncate, True, per_step, clip)

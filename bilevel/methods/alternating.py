@@ -143,9 +143,10 @@ class Alternating:
         return isinstance(self.inner, InnerSolver)
 
     def columns(self, problem) -> tuple[str, ...]:
-        """What is reported of a fixed point that is taken for reached."""
-        implicit = isinstance(problem, FixedPoint) and not self._estimator.trajectory
-        return ("contraction",) if implicit else ()
+        """What is reported of a fixed point that is taken for reached, and of a long trajectory."""
+        if self._estimator.trajectory:
+            return getattr(self._estimator, "columns", ())
+        return ("contraction",) if isinstance(problem, FixedPoint) else ()
 
     def seen(self, hparams, j):
         """What the losses see at inner step ``j``."""
@@ -263,6 +264,7 @@ class Alternating:
             rejected=rejected,
             finite=jnp.where(accepted, finite, state.finite),
         )
+        measured = {"contraction": estimate.contraction, "growth": estimate.growth}
         info = Info(
             value=estimate.value,
             grad_norm=state.constraints.grad_norm(state.free, grad),
@@ -276,7 +278,7 @@ class Alternating:
             params=estimate.params,
             hparams=hparams,
             model_state=estimate.point.model_state,
-            extra={} if estimate.contraction is None else {"contraction": estimate.contraction},
+            extra={name: x for name, x in measured.items() if x is not None},
             settled=estimate.settled,
             error_kind=estimate.error_kind,
         )
