@@ -60,6 +60,8 @@ class Prepared:
             key,
             self.model_state,
         )
+        if getattr(method, "reverses", False):
+            validation.reverse_trap(method.differentiated, method.seen(hparams, 0))
         # Of a population it is enough that one member can begin.
         validation.finite_losses(*(_finite_first(np.asarray(value)) for value in losses))
         return carry

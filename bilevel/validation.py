@@ -267,6 +267,44 @@ def zero_gradient_trap(problem, inner, params, hparams, batch: Callable, key, mo
             )
 
 
+def reverse_trap(inner, hparams) -> None:
+    """Raise ValueError where reverse mode through steps of an optimiser is nan whatever the gradients.
+
+    A branch that is not taken, as in the first steps of ``optax.radam``, may have an infinite derivative.
+
+    Args:
+      inner: the optimiser that derivatives are taken through, or None.
+      hparams: as it sees them.
+    """
+    if inner is not None and _nan_backwards(optimizer_at(inner, hparams)):
+        raise ValueError(
+            "inner: reverse mode through the first steps of this optimiser is nan (optax.radam's is). Take "
+            "bilevel.forward() or bilevel.pes(), or another optimiser such as optax.adam(rate, eps_root=1e-8)."
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _nan_backwards(optimizer) -> bool:
+    """Whether six steps on a quadratic have a derivative by their start that is nan."""
+
+    def end(scale):
+        params = scale * jnp.array([1.0, 2.0])
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jnp.array([1.0, 3.0]) * params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, 6)
+        return jnp.sum(params)
+
+    try:
+        slope = jax.jit(jax.grad(end))(1.0)
+    except Exception:  # an optimiser that wants more than a gradient is not judged
+        return False
+    return bool(np.isnan(slope))
+
+
 @functools.lru_cache(maxsize=64)
 def _nan_at_zero(optimizer) -> bool:
     """Whether the derivative of an update by the gradient is nan at a gradient of zero."""

@@ -418,6 +418,19 @@ WRONG = {
     ),
     "per_step": (lambda: bilevel.unrolled(MOMENTUM, T, per_step={"lr": 3}), "per_step must hold True, False"),
     "clip": (lambda: bilevel.unrolled(MOMENTUM, T, clip=-1.0), "clip must be a positive number"),
+    "nan backwards": (
+        lambda: bilevel.optimize(
+            PROBLEM,
+            W,
+            {"l2": 0.1},
+            DATA,
+            DATA,
+            bilevel.alternating(bilevel.unrolled(), optax.radam(0.1), optax.sgd(0.1), inner_steps=8),
+            steps=2,
+            progress=False,
+        ),
+        "radam.*bilevel.forward",
+    ),
     "line search": (
         lambda: at(bilevel.unrolled(optax.lbfgs(), 4), {"l2": jnp.asarray(0.1)}),
         "reverse mode cannot pass through the while loop",

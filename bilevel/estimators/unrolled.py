@@ -79,6 +79,11 @@ class Unrolled(TrajectoryEstimator):
         return self.report(problem, value, grad, end, metrics, draw, valid, 1, growth), state
 
     @property
+    def reverses(self) -> bool:
+        """Derivatives pass back through several steps."""
+        return self.lengths[1] > 1
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """What a history has of it: Eq. (2), where there is more than one step."""
         return ("growth",) if self.lengths[1] > 1 else ()

@@ -139,6 +139,11 @@ class Alternating:
         return self._inner if self._estimator.trajectory and not first_order else None
 
     @property
+    def reverses(self) -> bool:
+        """Whether these derivatives are taken in reverse mode, through more than one step."""
+        return getattr(self._estimator, "reverses", False)
+
+    @property
     def _solves(self) -> bool:
         return isinstance(self.inner, InnerSolver)
 
