@@ -356,6 +356,10 @@ def _advice(
         )
     if getattr(estimator, "truncate", None) is not None:
         advice.append("truncate= leaves older steps out of the derivative: raise it, or accept that bias.")
+    if getattr(estimator, "clip", None) is not None:
+        advice.append("clip= shortens derivatives of the trajectory: raise it, or accept that bias.")
+    if hasattr(estimator, "particles"):
+        advice.append("It is made of random perturbations: take more particles, or a smaller sigma.")
     if not advice or (len(advice) <= 2 and not certain):
         advice.append(
             "Nothing in the solves explains it. Likely causes: a loss that does not depend smoothly on "

@@ -427,6 +427,11 @@ def _settled(estimator, inner):
             f"estimator: {name}(per_step=...) has an entry for each step of a loop that restarts, and a loop "
             "that goes on has none; take bilevel.alternating(..., restart=True)."
         )
+    if hasattr(estimator, "horizon"):
+        raise ValueError(
+            f"estimator: {name} begins a training run anew at the end of its horizon, and a loop that goes "
+            "on does not; take bilevel.alternating."
+        )
     steps = estimator.steps
     if steps is None and getattr(estimator, "truncate", None) == 1:
         steps = 1

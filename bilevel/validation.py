@@ -279,7 +279,7 @@ def reverse_trap(inner, hparams) -> None:
     if inner is not None and _nan_backwards(optimizer_at(inner, hparams)):
         raise ValueError(
             "inner: reverse mode through the first steps of this optimiser is nan (optax.radam's is). Take "
-            "bilevel.forward() or bilevel.pes(), or another optimiser such as optax.adam(rate, eps_root=1e-8)."
+            "bilevel.forward() or bilevel.pes(), or another optimiser, as optax.adam(rate, eps_root=1e-8)."
         )
 
 

@@ -20,7 +20,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGE_NAMES = {
     *("README", "notation", "recipes", "adding_an_estimator", "choosing", "coming_from_jaxopt"),
-    *("scaling", "checkpoints", "certificates", "stochastic", "online", "self_tuning", "fixed_points", "schedules"),
+    *("scaling", "checkpoints", "certificates", "stochastic", "online", "self_tuning", "fixed_points"),
+    "schedules",
 }
 END_OF_BLOCK = "-- end of block --"
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")

@@ -431,6 +431,16 @@ WRONG = {
         ),
         "radam.*bilevel.forward",
     ),
+    "online": (
+        lambda: bilevel.online(
+            PROBLEM,
+            {"l2": 0.1},
+            inner=optax.sgd(0.1),
+            outer=optax.sgd(0.1),
+            estimator=bilevel.pes(20, 4, steps=5),
+        ),
+        "begins a training run anew",
+    ),
     "line search": (
         lambda: at(bilevel.unrolled(optax.lbfgs(), 4), {"l2": jnp.asarray(0.1)}),
         "reverse mode cannot pass through the while loop",

@@ -477,7 +477,7 @@ MISTAKES = [
     ),
     (
         lambda: bilevel.alternating(bilevel.penalty(1.0, SGD), SGD, SGD, restart=True),
-        ValueError, "restart=True begins params anew",
+        ValueError, "restart=True does not go with bilevel.penalty",
     ),
     (
         lambda: bilevel.hoag(estimator=bilevel.implicit(bilevel.neumann(3, 0.1, randomized=True))),

@@ -77,7 +77,7 @@ class Penalty:
     optimizer: Any
     length: int
     trajectory = False
-    continues = True
+    continues = "its second copy of params would go on, and mean nothing beside one that begins anew"
 
     @property
     def _solves(self) -> bool:

@@ -77,7 +77,7 @@ class Pes(TrajectoryEstimator):
     persistent: bool
     analytic: bool
     responds = True
-    continues = True
+    continues = "it begins anew by itself, where its horizon does; leave restart out"
 
     @property
     def lengths(self) -> tuple[int, int]:

@@ -455,10 +455,10 @@ def alternating(
     restart = validation.flag("restart", restart)
     simultaneous = validation.flag("simultaneous", simultaneous)
     _check_inner_loop(estimator, inner, inner_steps)
-    if restart and getattr(estimator, "continues", False):
+    continues = getattr(estimator, "continues", "")
+    if restart and continues:
         raise ValueError(
-            "restart=True begins params anew, and the second copy of them in bilevel.penalty goes on: their "
-            "difference would mean nothing. Take another estimator."
+            f"restart=True does not go with bilevel.{validation.called(estimator)}: {continues}."
         )
     if getattr(estimator, "trajectory", False) and (period != 1 or simultaneous):
         raise ValueError(
