@@ -72,6 +72,29 @@ def started(kind, hparams, train, classes=CLASSES):
     return getattr(em, f"{kind}_init")(train, classes, hparams["scale"])
 
 
+HERE = {name: jnp.float64(value) for name, value in HPARAMS.items()}
+UNEM = bilevel.unrolled(steps=STEPS, per_step=PER_STEP)
+
+
+def single(tree):
+    """In float32."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+@jax.jit
+def by_diagonal(hparams, train, valid):
+    """Loss of three steps with a common diagonal, and the first and the last params; slopes."""
+
+    def loss(hparams):
+        start = em.gaussian_init(train, CLASSES, hparams["scale"], "diagonal")
+        params, _ = jax.lax.scan(lambda p, _: (em.gaussian_step(p, hparams, train), None), start, length=3)
+        return em.query_loss(params, hparams, valid)[0], (start, params)
+
+    return jax.value_and_grad(loss, has_aux=True)(hparams)
+
+
 # --- Steps against plain loops -----------------------------------------------------------------------------
 
 
@@ -147,6 +170,26 @@ def test_plain_em_does_not_lower_the_likelihood():
     assert objective[-1] > objective[0] + 0.1
 
 
+def test_one_example_a_class_starts_from_the_variance_of_all():
+    train, valid = task(shots=1)
+    (value, (start, params)), slopes = by_diagonal(HERE, train, valid)
+    everything = np.concatenate([train["support"], train["query"]])
+    np.testing.assert_allclose(start["variances"], 1.1**2 * everything.var(axis=0), rtol=1e-12)
+    for x in jax.tree.leaves((value, params, slopes)):
+        assert bool(jnp.isfinite(x).all())
+    assert abs(slopes["scale"]) <= 1e-12 < abs(slopes["temperature"])  # variances have the same units
+    # What a constant feature is does not matter.
+    made = []
+    for constant in (0, 3):
+        changed = {
+            **train,
+            **{name: train[name] * [1, 1, 0] + [0, 0, constant] for name in ("support", "query")},
+        }
+        (value, _), slopes = by_diagonal(HERE, changed, valid)
+        made.append([value, *slopes.values()])
+    np.testing.assert_allclose(made[0], made[1], rtol=1e-9, atol=1e-12)
+
+
 # --- What is known of the derivatives -----------------------------------------------------------------------
 
 
@@ -195,18 +238,17 @@ def test_finite_differences_and_the_share_of_the_start(kind):
     train, valid = TASKS[kind]()
     problem = problem_of(kind)
     flat, unravel = ravel_pytree(schedules())
-    fn = jax.jit(bilevel.hypergradient(problem, bilevel.unrolled(steps=STEPS, per_step=PER_STEP)))
 
     def value(x):
-        return float(fn(None, unravel(jnp.asarray(x)), train, valid, key=KEY).value)
+        return float(at(problem, UNEM, unravel(jnp.asarray(x)), train, valid).value)
 
     expected = [central_difference(value, np.asarray(flat), e, 1e-3) for e in np.eye(flat.size)]
-    grad = fn(None, schedules(), train, valid, key=KEY).grad
+    grad = at(problem, UNEM, schedules(), train, valid).grad
     np.testing.assert_allclose(ravel_pytree(grad)[0], expected, rtol=1e-7, atol=1e-10)
     held = dataclasses.replace(
         problem, start=lambda h, b, key: jax.lax.stop_gradient(problem.start(h, b, key))
     )
-    without = at(held, bilevel.unrolled(steps=STEPS, per_step=PER_STEP), schedules(), train, valid).grad
+    without = at(held, UNEM, schedules(), train, valid).grad
     assert abs(without["scale"] - grad["scale"]) > 1e-3 * abs(grad["scale"])
     np.testing.assert_allclose(without["temperature"], grad["temperature"], rtol=1e-12)
 
@@ -285,6 +327,18 @@ def test_concentrations_of_any_shape(classes, shape, seed):
     a = np.asarray(rows).reshape(ybar.shape)
     residual = digamma(a) - digamma(a.sum(axis=-1, keepdims=True)) - ybar
     assert np.abs(residual).max() <= 1e-11
+
+
+def test_rows_of_concentrations_do_not_depend_on_each_other():
+    ybar = means("peaked", 3, rows=3)
+    others = np.array([[np.nan, -1, -2], [-np.inf, -1, -2], [-1e9, -1, -1.5]])
+    solve = jax.jit(em.dirichlet_mle)
+    a = solve(np.concatenate([ybar, others]))
+    for same in (solve(np.concatenate([ybar, ybar])), solve(np.concatenate([ybar, ybar[::-1]]))):
+        np.testing.assert_allclose(a[:3], same[:3], rtol=1e-14)
+    assert bool(jnp.isnan(a[3:5]).all())
+    assert bool(jnp.isfinite(a[5]).all())
+    assert em.dirichlet_mle(np.zeros((0, 3))).shape == (0, 3)
 
 
 # --- Unrolled and implicit ----------------------------------------------------------------------------------
@@ -378,18 +432,48 @@ def test_tasks_over_a_mesh():
     assert alone.history["accuracy"].shape == (5,)
 
 
-def test_float32_is_good_to_single_precision():
-    train, valid = stacked()
-    single = jax.tree.map(
-        lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, (train, schedules())
-    )
-    estimator = bilevel.unrolled(steps=STEPS, per_step=PER_STEP)
-    for kind, problem in (("gaussian", bilevel.lift(problem_of())),):
-        exact = at(problem, estimator, schedules(), train, valid).grad
-        rough = at(problem, estimator, single[1], single[0], valid).grad
-        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(rough)), kind
-        for name, slope in exact.items():
-            np.testing.assert_allclose(rough[name], slope, rtol=2e-4, atol=1e-6)
+# --- Float32 ------------------------------------------------------------------------------------------------
+
+
+def rounding(kind, hparams, train, valid):
+    """Of slopes in float32, relative to the largest."""
+    exact = at(problem_of(kind), UNEM, hparams, train, valid).grad
+    rough = at(problem_of(kind), UNEM, single(hparams), single(train), valid).grad
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(rough))
+    exact, rough = ravel_pytree(exact)[0], ravel_pytree(rough)[0]
+    return np.abs(rough - exact).max() / np.abs(exact).max()
+
+
+# Log-likelihoods of Dirichlet classes cancel to the sum of their concentrations, here up to 80, times eps.
+@pytest.mark.parametrize(("kind", "promised"), [("gaussian", 2e-6), ("dirichlet", 5e-5)])
+def test_float32_is_good_to_what_is_promised(kind, promised):
+    assert max(rounding(kind, schedules(), *TASKS[kind](seed)) for seed in range(4)) <= promised
+
+
+def test_a_class_of_tiny_mass_has_a_derivative_in_float32():
+    train, _ = probabilities()
+    labels, share = np.arange(8) % 2, np.random.default_rng(0).uniform(0.6, 0.8, 8)
+    rows = np.full((8, CLASSES), 1e-9)
+    rows[np.arange(8), labels], rows[np.arange(8), 1 - labels] = share, 1 - share
+    train |= {"support": rows, "labels": labels, "query": np.concatenate([rows, rows[:4]])}
+    for prior_weight in (4.0, 8.0):  # of two classes the masses are about e^-70 and e^-150
+        hparams = schedules() | {"prior_weight": jnp.full(STEPS, prior_weight)}
+        assert rounding("dirichlet", hparams, train, {"labels": np.arange(12) % 2}) <= 5e-5
+
+
+def test_features_far_from_zero_do_not_cancel_in_float32():
+    train, valid = task(shots=1)
+    train = {**train, **{name: np.float32(train[name] + 3000) for name in ("support", "query")}}
+    exact = jax.tree.map(lambda x: np.float64(x) if x.dtype == np.float32 else x, train)
+    (_, (start, rough)), slope = by_diagonal(single(HERE), train, valid)
+    (_, (first, params)), expected = by_diagonal(HERE, exact, valid)
+    # Centers are kept to 3000 times the precision.
+    bound = 4 * 3000 * np.finfo(np.float32).eps
+    np.testing.assert_allclose(start["variances"], first["variances"], rtol=1e-6)
+    np.testing.assert_allclose(rough["variances"], params["variances"], rtol=bound)
+    np.testing.assert_allclose(rough["centers"], params["centers"], atol=bound)
+    for name, x in expected.items():
+        np.testing.assert_allclose(slope[name], x, rtol=bound, atol=bound * abs(expected["temperature"]))
 
 
 # --- Clusters without labels --------------------------------------------------------------------------------
@@ -399,8 +483,10 @@ def test_soft_kmeans_at_a_low_temperature_is_kmeans():
     from sklearn.cluster import KMeans
 
     rng = np.random.default_rng(0)
-    x = np.concatenate([c + 0.3 * rng.standard_normal((20, 2)) for c in np.array([[0, 0], [3, 0], [0, 3]])])
-    params = em.soft_kmeans(x, 3, jax.random.key(1), {"prior_weight": 0.0, "temperature": 1e-3})
+    # With shares, few would be taken by a center of many.
+    drawn = zip(np.array([[0, 0], [3, 0], [0, 3]]), (95, 5, 6), strict=True)
+    x = np.concatenate([c + 0.4 * rng.standard_normal((count, 2)) for c, count in drawn])
+    params = em.soft_kmeans(x, 3, jax.random.key(1), {"temperature": 1e-3})
     found = KMeans(3, n_init=5, random_state=0).fit(x)
     centers = np.asarray(params["centers"])
     order = [int(np.argmin(np.sum((centers - c) ** 2, axis=1))) for c in found.cluster_centers_]
@@ -425,6 +511,25 @@ def test_soft_kmeans_is_differentiable_and_takes_a_common_diagonal():
     np.testing.assert_allclose(slope, expected, rtol=1e-6)
     found = np.argmax(spread(1.0, "diagonal")[1]["log_assignments"], axis=1)
     assert max(np.mean(found == np.repeat([0, 1], 15)), np.mean(found == np.repeat([1, 0], 15))) >= 0.9
+
+
+def test_soft_kmeans_has_a_derivative_whatever_becomes_empty():
+    """Of more clusters than there are, in float32, and with a feature that is constant."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([c + rng.standard_normal((20, 4)) for c in 3 * rng.standard_normal((3, 4))])
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def spread(prior_weight, x):
+        hparams = {"prior_weight": prior_weight, "temperature": 1.0}
+        params = em.soft_kmeans(x, 5, KEY, hparams, covariance="diagonal")
+        return jnp.sum(params["centers"] ** 2), params["log_prior"]
+
+    for features in (x, x * [1, 1, 0, 1] + [0, 0, 7, 0]):
+        (_, log_prior), slopes = spread(np.linspace(0, 20, 21, dtype=np.float32), np.float32(features))
+        assert log_prior.min() < -13.8  # empty but for the 1e-6
+        assert all(bool(jnp.isfinite(slope).all()) for slope in slopes)
 
 
 # --- Tasks --------------------------------------------------------------------------------------------------
@@ -458,6 +563,11 @@ SIMPLEX_BUT_ONE, ROWS = np.full((5, 4), 0.5), np.array([[1.5, -0.5, 0, 0]] * 8)
 BAD = [
     ("gaussian_init", {"labels": np.full(8, 7)}, ValueError, ["labels", r"\[0, 4\)", "7"]),
     ("gaussian_init", {"labels": np.zeros(8)}, TypeError, ["labels", "integers", "float64"]),
+    ("gaussian_init", {"labels": [0] * 8}, TypeError, ["labels", "array", "list"]),
+    ("gaussian_init", {"query": np.zeros((0, 3))}, ValueError, ["query", "at least one", r"\(0, 3\)"]),
+    ("gaussian_step", {"labels": np.full(8, 7)}, ValueError, ["labels", r"\[0, 4\)", "7"]),
+    ("dirichlet_step", {"labels": np.full(8, 7)}, ValueError, ["labels", r"\[0, 4\)", "7"]),
+    ("dirichlet_step", {"support": ROWS}, ValueError, ["support", "simplex", "-0.5"]),
     ("gaussian_init", {"labels": np.zeros(3, int)}, ValueError, ["labels", r"\(8,\)", r"\(3,\)"]),
     ("gaussian_init", {"labels": np.zeros(8, int)}, ValueError, ["class", r"\[1, 2, 3\]", "soft_kmeans"]),
     ("gaussian_init", {"query": np.zeros((3, 5))}, ValueError, ["features", r"\(8, 3\)", r"\(3, 5\)"]),
@@ -470,14 +580,21 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "arrays", "error", "words"), BAD, ids=range(len(BAD)))
 def test_bad_tasks_are_named(name, arrays, error, words):
-    batch = {**TASKS[name.split("_")[0]]()[0], **arrays}
+    kind, _, part = name.partition("_")
+    good = TASKS[kind]()[0]
+    args = (CLASSES,) if part == "init" else ({},)
+    begun = (getattr(em, f"{kind}_init")(good, CLASSES),) if part == "step" else ()
     with pytest.raises(error, match="(?s)" + ".*".join(words)):
-        getattr(em, name)(batch, CLASSES)
+        getattr(em, name)(*begun, *args[: len(begun)], {**good, **arrays}, *args[len(begun) :])
 
 
-def step(**hparams):
+def step(hparams=None, /, **named):
     batch = task()[0]
-    return em.gaussian_step(em.gaussian_init(batch, CLASSES), hparams, batch)
+    return em.gaussian_step(em.gaussian_init(batch, CLASSES), named or hparams, batch)
+
+
+def loss(labels):
+    return em.query_loss({"log_assignments": jnp.log(jnp.full((6, 2), 0.5))}, None, labels)
 
 
 CALLS = [
@@ -486,6 +603,27 @@ CALLS = [
     (lambda: em.gaussian_init(task()[0], 0), ValueError, ["num_classes", "at least 1"]),
     (lambda: step(temperature=-1.0), ValueError, ["temperature", "positive", "-1.0"]),
     (lambda: step(prior_weight=jnp.ones(3)), ValueError, ["prior_weight", "scalar", "per_step"]),
+    (lambda: step(None), TypeError, ["hparams", "dict of prior_weight, temperature, scale", "None"]),
+    (lambda: step([1.0, 2.0]), TypeError, ["hparams", "dict", r"\[1.0, 2.0\]"]),
+    (lambda: step(temperature="1"), TypeError, ["temperature", "number", "'1'"]),
+    (lambda: step(temperature=None), TypeError, ["temperature", "number", "None"]),
+    (lambda: step(temprature=1.0), ValueError, ["'temprature'", "prior_weight, temperature, scale"]),
+    (lambda: step(scale=0.0), ValueError, ["scale", "positive", "0.0"]),
+    (lambda: em.gaussian_step({}, {}, task()[0]), TypeError, ["params", "centers", "gaussian_init"]),
+    (lambda: em.gaussian_init(task()[0], CLASSES, np.ones(3)), ValueError, ["scale", "scalar", r"\(3,\)"]),
+    (lambda: em.gaussian_init(task()[0], CLASSES, "2"), TypeError, ["scale", "number", "'2'"]),
+    (lambda: em.dirichlet_init(probabilities()[0], CLASSES, -1.0), ValueError, ["scale", "positive"]),
+    (lambda: em.dirichlet_init(probabilities()[0], 1), ValueError, ["num_classes", "at least 2", "1"]),
+    (lambda: em.dirichlet_mle(np.array([0.5, 0.3, 0.2])), ValueError, ["mean_log", "at most 1", "4.22"]),
+    (lambda: em.soft_kmeans(X, 2, KEY, {"temprature": 1.0}), ValueError, ["temprature", "temperature"]),
+    (lambda: em.soft_kmeans(X, 2, KEY, [1.0]), TypeError, ["hparams", "dict"]),
+    (lambda: em.soft_kmeans(X[0], 2, KEY), ValueError, ["^features", r"\(2,\)"]),
+    (lambda: loss(Y), TypeError, ["batch", "labels", "ndarray"]),
+    (lambda: loss({"labels": Y[:1]}), ValueError, ["labels", "each query", r"\(6,\)", r"\(1,\)"]),
+    (lambda: loss({"labels": Y[:, None]}), ValueError, ["labels", r"\(6, 1\)"]),
+    (lambda: loss({"labels": np.eye(2)[Y]}), ValueError, ["labels", r"\(6, 2\)"]),
+    (lambda: loss({"labels": Y + 0.5}), TypeError, ["labels", "integers", "float64"]),
+    (lambda: loss({"labels": 2 * Y}), ValueError, ["labels", r"\[0, 2\)", "2"]),
     (lambda: em.dirichlet_init(task()[0], CLASSES), ValueError, ["probabilities of the 4 classes", "3"]),
     (lambda: em.dirichlet_mle(np.array([1, 2])), TypeError, ["mean_log", "int"]),
     (lambda: em.dirichlet_mle(np.array([-1.0])), ValueError, ["mean_log", "two entries"]),
@@ -508,8 +646,15 @@ def test_what_is_traced_and_wrong_is_not_overlooked():
     wrong = {**train, "labels": train["labels"].at[2, 0].set(9)}
     with pytest.raises(ValueError, match=r"start\(hparams, batch, key\).*centers.*finite, got nan"):
         unem(3, wrong, valid)
-    estimate = at(problem_of(), bilevel.unrolled(steps=2), {**HPARAMS, "temperature": -1.0}, *task())
-    assert bool(jnp.isnan(estimate.value))
+    for kind in TASKS:
+        for wrong in ({"temperature": -jnp.ones(STEPS)}, {"scale": jnp.float64(-1)}, {}):
+            train, valid = TASKS[kind]()
+            labels = train["labels"] if wrong else train["labels"] + 1
+            estimate = at(problem_of(kind), UNEM, schedules() | wrong, {**train, "labels": labels}, valid)
+            assert bool(jnp.isnan(estimate.value))
+    value, metrics = jax.jit(loss)({"labels": 2 * Y})
+    assert bool(jnp.isnan(value))
+    assert bool(jnp.isnan(metrics["accuracy"]))
 
 
 def test_a_schedule_of_the_wrong_length_is_named():

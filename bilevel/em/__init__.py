@@ -1,9 +1,8 @@
 """Expectation-maximisation with tuned strengths, to be unrolled or solved as a fixed point.
 
 A task is a dict: ``support`` of shape (s, d) with ``labels`` (s,), examples whose class is known, and
-  ``query``
-(q, d), whose classes are wanted. One step of generalised EM updates the assignments of the queries, the
-shares of the classes and their parameters; three numbers say how::
+``query`` (q, d), whose classes are wanted. One step of generalised EM updates the assignments of the queries,
+the shares of the classes and their parameters; three numbers say how::
 
     log u_n = log_softmax_k( (log p(z_n | theta_k) + prior_weight log pi_k) / temperature )      (1)
     pi_k    = mean_n u_nk                                                                         (2)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from bilevel import validation
-from bilevel.em.tasks import check_task, one_hot, strengths
+from bilevel.em.tasks import check_features, check_task, one_hot, part, scalar, strengths, weigh
 from bilevel.trees import readable
 
 # Added to the shares of classes before their logarithm, as published: a class that is not in use may return.
 _LEAST_SHARE = 1e-6
-# Of a variance, relative to the mean over features: constant features have none.
+# Of a variance, relative to the mean over features: constant features have none. Also of the share of a
+# feature's variance that a start has to find within the classes of the support.
 _LEAST_VARIANCE = 1e-6
 _COVARIANCES = ("identity", "diagonal")
 
@@ -22,10 +25,11 @@ def gaussian_init(batch, num_classes: int, scale=1.0, covariance: str = "identit
     Args:
       batch: a task, see `bilevel.em`.
       num_classes: K; every class has an example in the support.
-      scale: of the features, a scalar; hyperparameters may enter here too, give it as the ``start`` of a
-        `bilevel.FixedPoint`.
+      scale: of the features, a positive scalar; hyperparameters may enter here too, give it as the ``start``
+        of a `bilevel.FixedPoint`.
       covariance: "identity"; "diagonal": one variance for each feature, shared by classes and updated with
-        them.
+        them. It starts from the variance within the classes of the support, or, where there is none, as
+        with one example a class, from that of support and queries together.
 
     Returns:
       ``{"log_assignments": (q, K), "log_prior": (K,), "centers": (K, d)}``, and ``"variances"`` (d,) where
@@ -53,26 +57,29 @@ def gaussian_init(batch, num_classes: int, scale=1.0, covariance: str = "identit
     if covariance not in _COVARIANCES:
         raise ValueError(f"covariance must be one of {', '.join(_COVARIANCES)}, got {covariance!r}.")
     check_task(batch, num_classes)
-    dtype = jnp.result_type(batch["query"])
-    support = jnp.asarray(scale, dtype) * jnp.asarray(batch["support"])
+    dtype = batch["query"].dtype
+    scale = scalar("scale", scale, dtype, positive=True)
+    support, query, middle = _centred(batch)
     weights = one_hot(jnp.asarray(batch["labels"]), num_classes, dtype)
     mass = weights.sum(axis=0)
     if readable(mass):
         empty = [k for k, count in enumerate(mass) if count == 0]
         if empty:
             raise ValueError(
-                f"every class needs an example in the support, and there is none of {empty[:10]} "
-                "(num_classes = "
-                f"{num_classes}). Clusters without any are those of bilevel.em.soft_kmeans."
+                f"every class needs an example in the support, and of num_classes = {num_classes} there is "
+                f"none of {empty[:10]}. Clusters without any are those of bilevel.em.soft_kmeans."
             )
-    queries = jnp.shape(batch["query"])[0]
+    means = weights.T @ support / mass[:, None]  # nan where a class is empty
     params = {
-        "log_assignments": jnp.full((queries, num_classes), -jnp.log(jnp.asarray(num_classes, dtype))),
+        "log_assignments": jnp.full((len(query), num_classes), -jnp.log(jnp.asarray(num_classes, dtype))),
         "log_prior": jnp.zeros(num_classes, dtype),
-        "centers": weights.T @ support / mass[:, None],  # nan where a class is empty
+        "centers": scale * (means + middle[None]),
     }
     if covariance == "diagonal":
-        params["variances"] = _variances(weights.T @ support**2, weights.T @ support, mass, params["centers"])
+        within = jnp.mean((support - weights @ means) ** 2, axis=0)
+        overall = _sum_of_squares(support, query) / (len(support) + len(query))
+        start = jnp.where(within <= _LEAST_VARIANCE * overall, overall, within)
+        params["variances"] = _lifted(scale**2 * start)
     return params
 
 
@@ -83,54 +90,70 @@ def gaussian_step(params, hparams, batch):
 
     Args:
       params: as `gaussian_init` makes them.
-      hparams: a dict with the scalars ``prior_weight``, ``temperature`` and ``scale``; one left out is 1. A
-        temperature that is not positive makes the step nan.
+      hparams: a dict with the scalars ``prior_weight``, ``temperature`` and ``scale``; one left out is 1.
       batch: a task, see `bilevel.em`.
 
     Returns:
       Params after the step. ``log_prior`` is the logarithm of the shares plus 1e-6.
 
     Raises:
-      TypeError, ValueError: arrays that do not fit; a strength that is no scalar.
+      TypeError, ValueError: arrays that do not fit, labels out of range; a strength that is unknown, no
+        scalar, or (temperature and scale) not positive. Where values are traced and cannot be looked at, what
+        depends on them is nan instead.
     """
-    check_task(batch)
-    dtype = params["centers"].dtype
-    prior_weight, temperature, scale = strengths(hparams, dtype)
-    support, query = jnp.asarray(batch["support"]), jnp.asarray(batch["query"])
-    known = one_hot(jnp.asarray(batch["labels"]), params["centers"].shape[0], dtype)
-    variances = params["variances"][None] if "variances" in params else 1.0
-    logits = _log_likelihoods(query, scale, params["centers"], variances)
+    centers = part(params, "centers", "gaussian_init")
+    check_task(batch, centers.shape[0])
+    prior_weight, temperature, scale = strengths(hparams, centers.dtype)
+    support, query, middle = _centred(batch)
+    if centers.shape[1] != len(middle):
+        raise ValueError(
+            f'params["centers"] must have the {len(middle)} features of batch, got shape {centers.shape}.'
+        )
+    # The scale multiplies small arrays, never the features: no derivative by them is taken.
+    centers = centers - scale * middle[None]
+    precise = centers / params["variances"][None] if "variances" in params else centers
+    # -|scale z_n - w_k|^2 / 2 up to what all k share
+    logits = scale * (query @ precise.T) - 0.5 * jnp.sum(centers * precise, axis=1)[None]
     logits += prior_weight * params["log_prior"][None]
     log_u = jax.nn.log_softmax(logits / temperature, axis=1)  # Eq. (1)
-    u = jnp.exp(log_u)
-    mass = known.sum(axis=0) + u.sum(axis=0)
-    # The scale multiplies small arrays, never the features: no derivative by them is taken.
-    total = scale * (known.T @ support + u.T @ query)
-    centers = total / jnp.where(mass > 0, mass, 1)[:, None]  # Eq. (3)
+    weights = weigh(batch["labels"], log_u)
+    means = weights.means(support, query)
     after = {
         "log_assignments": log_u,
-        "log_prior": jnp.log(u.mean(axis=0) + _LEAST_SHARE),  # Eq. (2)
-        "centers": jnp.where((mass == 0)[:, None], params["centers"], centers),
+        "log_prior": jnp.log(weights.shares() + _LEAST_SHARE),  # Eq. (2)
+        "centers": jnp.where(  # Eq. (3)
+            weights.empty[:, None], params["centers"], scale * (means + middle[None])
+        ),
     }
     if "variances" in params:
-        squares = scale**2 * (known.T @ support**2 + u.T @ query**2)
-        after["variances"] = _variances(squares, total, mass, after["centers"])
+        mass = jnp.where(weights.empty, 0, weights.unit * weights.mass)
+        # Every example has weights of sum 1, so that the first sum is that of all, whatever the assignments.
+        left = _sum_of_squares(support, query) - jnp.sum(mass[:, None] * means**2, axis=0)
+        after["variances"] = _lifted(scale**2 * left / (len(support) + len(query)))
     return after
 
 
-def _log_likelihoods(features, scale, centers, variances):
-    """``-|scale z_n - w_k|^2 / 2`` up to what all k share, about the mean center, where less cancels."""
-    middle = centers.mean(axis=0, keepdims=True)
-    centers = centers - middle
-    scaled = centers / variances
-    return scale * (features @ scaled.T) - jnp.sum((0.5 * centers + middle) * scaled, axis=1)[None]
+def _centred(batch):
+    """Support and queries about one row, and that row: their mean.
+
+    Far from zero their squares would cancel in float32. Nothing depends on the row but rounding, so that it
+    is not differentiated; of a feature that is constant zeros are left.
+    """
+    support, query = jnp.asarray(batch["support"]), jnp.asarray(batch["query"])
+    first = query[0]
+    rest = (support - first[None]).sum(axis=0) + (query - first[None]).sum(axis=0)
+    middle = jax.lax.stop_gradient(first + rest / (len(support) + len(query)))
+    return support - middle[None], query - middle[None], middle
 
 
-def _variances(squares, total, mass, centers):
-    """One for each feature, about the centers, from sums of each class: of squares, values, weights."""
-    spread = (squares - 2 * centers * total + mass[:, None] * centers**2).sum(axis=0)
-    variances = spread / mass.sum()
-    return jnp.maximum(variances, _LEAST_VARIANCE * variances.mean() + jnp.finfo(variances.dtype).tiny)
+def _sum_of_squares(support, query):
+    return jnp.sum(support**2, axis=0) + jnp.sum(query**2, axis=0)
+
+
+def _lifted(variances):
+    """None of them far below their mean, or 0."""
+    mean = variances.mean()
+    return jnp.maximum(variances, _LEAST_VARIANCE * jnp.where(mean <= 0, 1, mean))
 
 
 def soft_kmeans(features, num_classes: int, key, hparams=None, steps: int = 20, covariance: str = "identity"):
@@ -143,8 +166,8 @@ def soft_kmeans(features, num_classes: int, key, hparams=None, steps: int = 20, 
       features: of shape (q, d).
       num_classes: clusters.
       key: of the first centers.
-      hparams: strengths, see `gaussian_step`; default ``{"prior_weight": 0.0}``, without shares, which is
-        soft k-means proper. A small temperature makes it k-means.
+      hparams: strengths, see `gaussian_step`, but a prior_weight left out is 0: without shares, which is soft
+        k-means proper. A small temperature makes it k-means.
       steps: of EM.
       covariance: as in `gaussian_init`.
 
@@ -152,26 +175,25 @@ def soft_kmeans(features, num_classes: int, key, hparams=None, steps: int = 20, 
       Params, as in `gaussian_init`.
 
     Raises:
-      TypeError, ValueError: features of another shape, more clusters than examples.
+      TypeError, ValueError: features of another shape, more clusters than examples; strengths as in
+        `gaussian_step`.
 
     References:
       Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007.
     """
     num_classes = validation.whole_number("num_classes", num_classes, 1)
     steps = validation.whole_number("steps", steps, 1)
+    check_features("features", features)
     features = jnp.asarray(features)
-    empty = features[:0], jnp.zeros(0, jnp.int32)
-    batch = {"support": empty[0], "labels": empty[1], "query": features}
-    check_task(batch)
     if num_classes > features.shape[0]:
         raise ValueError(f"num_classes must be at most the {features.shape[0]} examples, got {num_classes}.")
-    hparams = {"prior_weight": 0.0} if hparams is None else hparams
+    if hparams is None or isinstance(hparams, Mapping):
+        hparams = {"prior_weight": 0.0, **(hparams or {})}
     scale = strengths(hparams, features.dtype)[2]
     chosen = _spread_out(features, num_classes, validation.random_key("key", key))
     seeds = {"support": features[chosen], "labels": jnp.arange(num_classes), "query": features}
     params = gaussian_init(seeds, num_classes, scale, covariance)
-    if "variances" in params:  # those of the seeds about themselves are zero
-        params["variances"] = jnp.var(scale * features, axis=0) + jnp.finfo(features.dtype).tiny
+    batch = {"support": features[:0], "labels": jnp.zeros(0, jnp.int32), "query": features}
 
     def step(params, _):
         return gaussian_step(params, hparams, batch), None

@@ -1,6 +1,9 @@
-"""Few-shot tasks: their check, their loss, and how they are drawn."""
+"""Few-shot tasks: their check, their weights, their loss, and how they are drawn."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,74 +12,167 @@ import numpy as np
 from bilevel import validation
 from bilevel.trees import readable
 
+_STRENGTHS = ("prior_weight", "temperature", "scale")
 
-def check_task(batch, num_classes: int | None = None) -> None:
-    """The arrays of one task fit each other; their values too, where they can be read.
+
+def check_task(batch, num_classes: int) -> None:
+    """The arrays of one task fit each other; their labels too, where they can be read.
 
     Raises:
       TypeError, ValueError: a part that is missing, a shape, integers where there are none, a label out of
         range.
     """
     if not isinstance(batch, dict) or not {"support", "labels", "query"} <= set(batch):
-        got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise TypeError(f'batch must be a dict with "support", "labels" and "query", got {got}.')
+        raise TypeError(f'batch must be a dict with "support", "labels" and "query", got {_parts(batch)}.')
     support, labels, query = (batch[name] for name in ("support", "labels", "query"))
     for name, x in (("support", support), ("query", query)):
-        if jnp.ndim(x) != 2:
-            raise ValueError(
-                f'batch["{name}"] must have shape (examples, features), got {jnp.shape(x)}. Several tasks '
-                "at once "
-                "are those of bilevel.lift(problem)."
-            )
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            raise TypeError(f'batch["{name}"] must be floating, got dtype {jnp.result_type(x)}.')
-    if jnp.shape(support)[1] != jnp.shape(query)[1]:
+        check_features(f'batch["{name}"]', x, " Several tasks at once are those of bilevel.lift(problem).")
+    if support.shape[1] != query.shape[1]:
         raise ValueError(
-            "support and query must have the same features, got shapes "
-            f"{jnp.shape(support)} and {jnp.shape(query)}."
+            f"support and query must have the same features, got shapes {support.shape} and {query.shape}."
         )
-    if jnp.shape(labels) != jnp.shape(support)[:1]:
+    if query.shape[0] == 0:
+        raise ValueError(f'batch["query"] must have at least one example, got shape {query.shape}.')
+    _check_labels(labels, support.shape[:1], "row of support", num_classes)
+
+
+def check_features(name: str, x, hint: str = "") -> None:
+    """Examples, row by row; ``hint``: what is said of another shape."""
+    _check_array(name, x)
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape (examples, features), got {x.shape}.{hint}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating, got dtype {x.dtype}.")
+
+
+def _check_array(name: str, x) -> None:
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}; numpy.asarray makes one.")
+
+
+def _check_labels(labels, shape: tuple[int, ...], of: str, num_classes: int) -> None:
+    """Labels are whole numbers, one for each row, in range where that can be read."""
+    _check_array('batch["labels"]', labels)
+    if labels.shape != shape:
         raise ValueError(
-            f'batch["labels"] must have one entry for each row of support, {jnp.shape(support)[:1]}, got '
-            f"{jnp.shape(labels)}."
+            f'batch["labels"] must have one entry for each {of}, shape {shape}, got {labels.shape}.'
         )
-    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-        raise TypeError(f'batch["labels"] must be integers, got dtype {jnp.result_type(labels)}.')
-    if num_classes is not None and readable(labels):
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f'batch["labels"] must be integers, got dtype {labels.dtype}.')
+    if readable(labels):
         outside = [int(x) for x in np.unique(labels) if not 0 <= x < num_classes]
         if outside:
             raise ValueError(f'batch["labels"] must be in [0, {num_classes}), got {outside[:5]}.')
 
 
+def _parts(tree):
+    """What a dict holds, or the type of something else."""
+    return sorted(map(str, tree)) if isinstance(tree, Mapping) else type(tree).__name__
+
+
+def part(params, name: str, init: str) -> jax.Array:
+    """The array of params of two axes under a name.
+
+    Raises:
+      TypeError, ValueError: it is not there, or has another number of axes.
+    """
+    if not isinstance(params, Mapping) or name not in params:
+        raise TypeError(f'params must be a dict with "{name}", as {init} makes it, got {_parts(params)}.')
+    if jnp.ndim(params[name]) != 2:
+        raise ValueError(f'params["{name}"] must have two axes, got shape {jnp.shape(params[name])}.')
+    return jnp.asarray(params[name])
+
+
 def one_hot(labels, num_classes: int, dtype) -> jax.Array:
     """Labels as rows of weights; nan where a label is out of range, so that it is not overlooked."""
-    known = (labels >= 0) & (labels < num_classes)
     rows = jax.nn.one_hot(labels, num_classes, dtype=dtype)
-    return jnp.where(known[:, None], rows, jnp.nan)
+    return jnp.where(_known(labels, num_classes)[:, None], rows, jnp.nan)
+
+
+def _known(labels, num_classes: int):
+    return (labels >= 0) & (labels < num_classes)
+
+
+class Weights(NamedTuple):
+    """How much each example belongs to each class: what Eq. (3) divides by ``mass``.
+
+    Those of a class that no label names are in units of the largest of them: in float32 its sum may be so
+    small that the square of its inverse, which a derivative has, is infinite, or be 0.
+
+    Args:
+      support: (s, K).
+      query: (q, K), at most 1.
+      mass: (K,), their sum, at least 1.
+      unit: (K,), of the three above; 1 where a label names the class.
+      empty: (K,), whether nothing belongs to the class, all assignments being log 0.
+    """
+
+    support: jax.Array
+    query: jax.Array
+    mass: jax.Array
+    unit: jax.Array
+    empty: jax.Array
+
+    def shares(self) -> jax.Array:
+        """Of the queries: Eq. (2)."""
+        return self.unit * self.query.mean(axis=0)
+
+    def means(self, support, query) -> jax.Array:
+        """Of rows of each class, (K, d): Eq. (3) where the likelihood has a mean."""
+        return (self.support.T @ support + self.query.T @ query) / self.mass[:, None]
+
+
+def weigh(labels, log_u) -> Weights:
+    """From the labels of the support and the assignments of queries."""
+    known = one_hot(jnp.asarray(labels), log_u.shape[1], log_u.dtype)
+    counts = known.sum(axis=0)
+    largest = jax.lax.stop_gradient(jnp.where(counts > 0, 0, log_u.max(axis=0)))
+    empty = (counts == 0) & (largest == -jnp.inf)
+    largest = jnp.where(empty, 0, largest)
+    u = jnp.exp(log_u - largest[None])
+    mass = counts + u.sum(axis=0)
+    return Weights(known, u, jnp.where(empty, 1, mass), jnp.exp(largest), empty)
 
 
 def strengths(hparams, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Prior weight, temperature and scale, 1 where left out; nan where a temperature is not positive.
+    """Prior weight, temperature and scale, 1 where left out; nan where one of the last two is not positive.
 
     Raises:
-      ValueError: one that is no scalar, or a temperature that is known and not positive.
+      TypeError, ValueError: no dict, a name that it does not have, a value that is no scalar, or one of the
+        last two that is known and not positive.
     """
-    out = []
-    for name in ("prior_weight", "temperature", "scale"):
+    if not isinstance(hparams, Mapping):
+        raise TypeError(f"hparams must be a dict of {', '.join(_STRENGTHS)}, got {hparams!r:.100}.")
+    unknown = [repr(name) for name in hparams if name not in _STRENGTHS]
+    if unknown:
+        raise ValueError(
+            f"hparams has {', '.join(unknown)}, and EM takes {', '.join(_STRENGTHS)}. What else there is to "
+            "learn is taken out by a function around the step."
+        )
+    values = []
+    for name in _STRENGTHS:
+        hint = (
+            f'; one for each step is declared to the estimator: bilevel.unrolled(per_step={{"{name}": True}})'
+        )
         value = hparams.get(name, 1.0)
-        if jnp.ndim(value) != 0:
-            raise ValueError(
-                f'hparams["{name}"] must be a scalar in one step, got shape {jnp.shape(value)}. An entry '
-                "for each "
-                f'step is declared to the estimator: bilevel.unrolled(per_step={{"{name}": True}}).'
-            )
-        if name == "temperature" and readable(value) and not np.asarray(value) > 0:
-            raise ValueError(
-                f'hparams["temperature"] must be positive, got {value}; constrain it: bilevel.positive().'
-            )
-        out.append(jnp.asarray(value, dtype))
-    prior_weight, temperature, scale = out
-    return prior_weight, jnp.where(temperature > 0, temperature, jnp.nan), scale
+        values.append(scalar(f'hparams["{name}"]', value, dtype, name != "prior_weight", hint))
+    prior_weight, temperature, scale = values
+    return prior_weight, temperature, scale
+
+
+def scalar(name: str, value, dtype, positive: bool, hint: str = "") -> jax.Array:
+    """A number as an array of the dtype; nan where it should be positive, is not, and cannot be read."""
+    numbers = (int, float, np.number, np.ndarray, jax.Array)
+    kind = getattr(value, "dtype", np.dtype(float))
+    real = jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
+    if isinstance(value, bool) or not isinstance(value, numbers) or not real:
+        raise TypeError(f"{name} must be a number, got {value!r:.100}.")
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}{hint}.")
+    if positive and readable(value) and not np.asarray(value) > 0:
+        raise ValueError(f"{name} must be positive, got {value}; where it is learned, bilevel.positive().")
+    value = jnp.asarray(value, dtype)
+    return jnp.where(value > 0, value, jnp.nan) if positive else value
 
 
 def query_loss(params, hparams, batch):
@@ -89,12 +185,21 @@ def query_loss(params, hparams, batch):
 
     Returns:
       ``(mean of -log u_n[label_n], {"accuracy": share of queries whose largest assignment is right})``.
+
+    Raises:
+      TypeError, ValueError: labels of another shape, not integers or out of range. Where they are traced and
+        cannot be looked at, both results are nan instead.
     """
     del hparams
-    log_u, labels = params["log_assignments"], batch["labels"]
+    log_u = part(params, "log_assignments", "gaussian_init or dirichlet_init")
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        raise TypeError(f'batch must be a dict with "labels", the classes of queries, got {_parts(batch)}.')
+    _check_labels(batch["labels"], log_u.shape[:1], "query", log_u.shape[1])
+    labels = jnp.asarray(batch["labels"])
     right = one_hot(labels, log_u.shape[1], log_u.dtype)
     loss = -jnp.mean(jnp.sum(jnp.where(right == 0, 0, right * log_u), axis=1))
-    accuracy = jnp.mean(jnp.argmax(log_u, axis=1) == labels, dtype=log_u.dtype)
+    hits = (jnp.argmax(log_u, axis=1) == labels).astype(log_u.dtype)
+    accuracy = jnp.mean(jnp.where(_known(labels, log_u.shape[1]), hits, jnp.nan))
     return loss, {"accuracy": accuracy}
 
 
@@ -142,9 +247,8 @@ def sample_tasks(
     fewest = int(np.sort(counts)[:present].sum()) - present * shots
     if counts.min() <= shots or fewest < queries:
         raise ValueError(
-            f"the smallest class has {counts.min()} examples and the smallest {present} have {fewest} "
-            "beside their "
-            f"support: too few for shots={shots} and queries={queries}."
+            f"the smallest class has {counts.min()} examples and the smallest {present} have {fewest} beside "
+            f"their support: too few for shots={shots} and queries={queries}."
         )
     rng = np.random.default_rng(validation.whole_number("seed", seed, 0))
     rows = [_drawn(rng, labels, len(classes), shots, present, queries) for _ in range(num_tasks)]
