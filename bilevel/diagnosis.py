@@ -9,8 +9,8 @@ from bilevel.problem import NonFinite, Status
 
 _DAMP = "damp it (a bilevel.proximal_gradient: lower its step_size)"
 # Growth of a change of params from which on a derivative of the trajectory is worth nothing: finite
-# differences agree below 100, and with none of its digits above 5,000 (`bilevel.estimators.unrolled`).
-_EXPLODED = np.log(1000.0)
+# differences agree below 100, and with none of its digits above 900 (`bilevel.estimators.unrolled`).
+_EXPLODED = np.log(300.0)
 
 
 def why_ended(status: Status, history, method) -> str:

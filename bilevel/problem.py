@@ -442,7 +442,7 @@ class Estimate:
     ``contraction``: of a fixed point taken for reached, by what factor its map shrinks its own step there;
     None elsewhere. ``growth``: of a trajectory estimator, the natural logarithm of how many times longer a
     small change of params at some inner step is at the end, at most, as the outer loss sees it; divided by
-    the steps an estimate of the Lyapunov exponent. Beyond ``log(1000)`` the gradient holds for tiny steps
+    the steps an estimate of the Lyapunov exponent. Beyond ``log(300)`` the gradient holds for tiny steps
     only. None where it is not measured.
     """
 

@@ -160,7 +160,7 @@ def test_optimize_learns_a_schedule_that_training_can_follow():
     )
     result = bilevel.optimize(problem, W, start, DATA, DATA, method, 30, progress=False)
     assert result.best.value < result.history["value"][0] - 1e-3
-    assert (result.history["growth"] < np.log(1000)).all()
+    assert (result.history["growth"] < np.log(300)).all()
     estimate = at(bilevel.unrolled(MOMENTUM, T, per_step={"lr": windows}), result.best.hparams)
     np.testing.assert_allclose(estimate.value, result.best.value, rtol=1e-10)
 
@@ -260,7 +260,7 @@ def test_a_run_through_chaos_says_what_to_do():
     with pytest.warns(RuntimeWarning, match="chaotic.*bilevel.pes"):
         result = run(jnp.asarray(0.3), jnp.asarray(4.0), ROWS, ROWS, method, 3)
     assert "truncate=" in result.message
-    assert (result.history["growth"] > np.log(1000)).all()
+    assert (result.history["growth"] > np.log(300)).all()
     assert "chaotic" not in run(jnp.asarray(0.3), jnp.asarray(2.5), ROWS, ROWS, method, 3).message
 
 

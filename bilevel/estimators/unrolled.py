@@ -20,7 +20,7 @@ derivative explodes, and says nothing about a step that one could take. The pass
     growth = log max_t |alpha_t| / |alpha_T|,    alpha_t of params                               (2)
 
 A network of 64-50-50-10 tanh units on digits agrees with finite differences to a percent wherever the maximum
-is below 100, and to no digit where it is above 5,000 (Adam, 100 to 1,000 steps). Then truncate, clip alpha_t
+is below 100, and to no digit where it is above 900 (Adam, 100 to 1,000 steps). Then truncate, clip alpha_t
 (a bias that is not bounded), train with smaller steps, or take `bilevel.pes` or `bilevel.implicit`.
 
 References:
