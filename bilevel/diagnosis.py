@@ -119,11 +119,13 @@ def _exploded(history) -> np.ndarray:
 
 def _exploding(history) -> str:
     """A sentence where derivatives of the trajectory mean nothing, at the end or mostly."""
-    exploded = _exploded(history)
+    # Why the others were rejected is told elsewhere.
+    kept = history["accepted"]
+    exploded = _exploded(history)[kept]
     times = int(exploded.sum())
     if not times or not (exploded[-1] or 2 * times > len(exploded)):
         return ""
-    factor = np.exp(min(np.median(history["growth"][exploded]), 600))
+    factor = np.exp(min(np.median(history["growth"][kept][exploded]), 600))
     return (
         f"In {times} of {len(exploded)} outer steps a small change of params had grown by a factor of "
         f"{factor:.1g} (median) at the end of the inner loop: it is chaotic, and its derivative holds for "

@@ -299,10 +299,11 @@ def _nan_backwards(optimizer) -> bool:
         return jnp.sum(params)
 
     try:
-        slope = jax.jit(jax.grad(end))(1.0)
+        value, slope = jax.jit(jax.value_and_grad(end))(1.0)
     except Exception:  # an optimiser that wants more than a gradient is not judged
         return False
-    return bool(np.isnan(slope))
+    # Where the steps themselves overflow, as at a rate that is far too large, it is not the optimiser's fault.
+    return bool(np.isfinite(value) and np.isnan(slope))
 
 
 @functools.lru_cache(maxsize=64)
