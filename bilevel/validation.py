@@ -302,7 +302,7 @@ def _nan_backwards(optimizer) -> bool:
         value, slope = jax.jit(jax.value_and_grad(end))(1.0)
     except Exception:  # an optimiser that wants more than a gradient is not judged
         return False
-    # Where the steps themselves overflow, as at a rate that is far too large, it is not the optimiser's fault.
+    # Where the steps themselves overflow, as at far too large a rate, the optimiser is not at fault.
     return bool(np.isfinite(value) and np.isnan(slope))
 
 
