@@ -22,7 +22,7 @@ test: $(VENV)/.installed ## Run the tests (WORKERS=2 processes)
 	$(VENV)/bin/python -m pytest -n $(WORKERS)
 
 .PHONY: test-all
-test-all: $(VENV)/.installed ## Run all of the tests, twice as many
+test-all: $(VENV)/.installed ## Run all of the tests, every case of the large tables
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --all
 
 .PHONY: demo

@@ -114,7 +114,7 @@ _SHORTER = (
 def _exploded(history) -> np.ndarray:
     """Of each outer step, whether a small change of params grew too much on the way to the end."""
     growth = history.get("growth", np.zeros(len(history["step"])))
-    return ~(growth < _EXPLODED)
+    return growth >= _EXPLODED
 
 
 def _exploding(history) -> str:

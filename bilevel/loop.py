@@ -31,6 +31,7 @@ from bilevel.problem import (
     register,
     updated,
 )
+from bilevel.trees import copied
 
 # Leaves of hparams up to this size are reported entry by entry, larger ones by quantiles ...
 _ENTRIES = 32
@@ -233,20 +234,16 @@ def _start_one(plan: Plan, params, hparams, key, train, valid, model_state):
     best = None
     if plan.keep_best:
         pair = params, hparams, model_state, jnp.full_like(outer, jnp.inf), jnp.int32(0)
-        best = Pair(*_copy(pair))
+        best = Pair(*copied(pair))
     member = Member(
         state=state,
-        key=_copy(key),
-        hparams=_copy(hparams),
+        key=copied(key),
+        hparams=copied(hparams),
         best=best,
         attempted=jnp.int32(0),
         status=jnp.int32(Status.RUNNING),
     )
     return member, inner, outer
-
-
-def _copy(tree):
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def _chunk(plan: Plan, carry: Carry, stop, tol, train, valid, test) -> Carry:

@@ -69,6 +69,7 @@ from bilevel.linear_solvers import where
 from bilevel.methods.alternating import error_in_free_units
 from bilevel.placement import refuse_explicit
 from bilevel.problem import Batch, Estimator, FixedPoint, HParams, Params, Point, PyTree, tree_is_finite
+from bilevel.trees import copied
 
 
 class OnlineInfo(NamedTuple):
@@ -118,8 +119,8 @@ class Online:
     def init(self, params: Params) -> OnlineState:
         """The first state: fresh optimisers, hyperparameters where they begin."""
         _refuse_masked(params)
-        hparams = _copy(self.hparams)
-        free = _copy(self.constraints.to_free(hparams))
+        hparams = copied(self.hparams)
+        free = copied(self.constraints.to_free(hparams))
         # Natural units as every later state has them: through the map, and inside of open ends.
         hparams = self._natural(free)
         inner = optimizer_at(self.inner, hparams).init(params)
@@ -131,7 +132,7 @@ class Online:
             outer=self.outer.init(free),
             estimator=self.estimator.init(self.problem, Point(params, inner), hparams),
             wait=jnp.int32(self.warmup),
-            info=OnlineInfo(_copy(unknown), _copy(unknown), _copy(unknown), jnp.int32(0), jnp.int32(0)),
+            info=OnlineInfo(copied(unknown), copied(unknown), copied(unknown), jnp.int32(0), jnp.int32(0)),
         )
 
     def update(
@@ -241,7 +242,7 @@ class Online:
 
     def _natural(self, free) -> HParams:
         # A copy where the units are the same: a loop that donates its state may not give one buffer twice.
-        return _copy(self.constraints.to_natural(free))
+        return copied(self.constraints.to_natural(free))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -507,10 +508,6 @@ def _is_box(x) -> bool:
 
 def _unboxed(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.get_raw_value() if _is_box(x) else x, tree, is_leaf=_is_box)
-
-
-def _copy(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def _scalar_dtype(hparams):

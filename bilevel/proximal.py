@@ -20,7 +20,6 @@ References:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -72,23 +71,11 @@ def proximal_gradient(loss: Callable, prox: Callable, step_size: float) -> Proxi
             f"bilevel.prox.{prox.__name__}, which takes one array and strengths: call it in a function of "
             'yours, for instance lambda w, hparams, step_size: bilevel.prox.l1(w, step_size * hparams["l1"]).'
         )
-    _takes("loss", loss, "params, hparams, batch")
-    _takes("prox", prox, "params, hparams, step_size")
+    validation.takes("loss", loss, ("params", "hparams", "batch"))
+    validation.takes("prox", prox, ("params", "hparams", "step_size"))
     if isinstance(step_size, (np.ndarray, jax.Array)) and step_size.ndim == 0 and readable(step_size):
         step_size = step_size.item()
     return Proximal(loss, prox, validation.number("step_size", step_size, positive=True))
-
-
-def _takes(name: str, fn, arguments: str) -> None:
-    """Raise TypeError for a function of other arguments."""
-    try:
-        inspect.signature(fn).bind(*arguments.split(", "))
-    except TypeError as error:
-        raise TypeError(
-            f"{name} is called as {name}({arguments}), which it does not take: {error}."
-        ) from None
-    except ValueError:
-        pass  # a builtin without a signature
 
 
 def is_proximal(problem: AnyProblem) -> bool:

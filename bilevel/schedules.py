@@ -142,10 +142,15 @@ class Knots:
     steps: tuple[int, ...]
     interpolation: str
 
+    @property
+    def windows(self) -> bool:
+        """Each entry holds for steps of its own."""
+        return self.interpolation == "constant"
+
     def __call__(self, values) -> Schedule:
         """The schedule of given values, an array with a row for each knot."""
         if jnp.shape(values)[:1] != (len(self.steps),):
-            what = "window" if self.interpolation == "constant" else "knot"
+            what = "window" if self.windows else "knot"
             raise ValueError(
                 f"a schedule of {len(self.steps)} {what}s needs an array with an entry for each {what}, got "
                 f"{validation.describe(values)}."
@@ -296,7 +301,9 @@ def power_law(
         raise ValueError(f"exponent must not be positive, got {float(exponent):g}.")
     if decay and steps is None:
         raise ValueError("power_law: a decay needs steps=, the length of the run that it ends.")
-    end, warmup, decay = _lengths(warmup + decay + 1 if steps is None else steps, warmup, decay)
+    if steps is None:
+        steps = 1 + validation.whole_number("warmup", warmup, 0)
+    end, warmup, decay = _lengths(steps, warmup, decay)
 
     def power(step):
         return jnp.minimum(peak, scale * (batch * (step + 1)) ** exponent)

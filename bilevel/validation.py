@@ -247,7 +247,8 @@ def zero_gradient_trap(problem, inner, params, hparams, batch: Callable, key, mo
     if inner is None or isinstance(problem, FixedPoint):
         return
     # A tuned optimiser is judged with the values that it starts with.
-    if not _nan_at_zero(optimizer_at(inner, hparams)):
+    found = _probed(_slope_at_zero, inner, hparams)
+    if found is None or not np.isnan(found).any():
         return
     first = batch()
     if problem.start is not None:
@@ -276,16 +277,17 @@ def reverse_trap(inner, hparams) -> None:
       inner: the optimiser that derivatives are taken through, or None.
       hparams: as it sees them.
     """
-    if inner is not None and _nan_backwards(optimizer_at(inner, hparams)):
+    found = None if inner is None else _probed(_six_steps, inner, hparams)
+    # Where the steps themselves overflow, as at far too large a rate, the optimiser is not at fault.
+    if found is not None and np.isfinite(found[0]) and np.isnan(found[1]):
         raise ValueError(
             "inner: reverse mode through the first steps of this optimiser is nan (optax.radam's is). Take "
             "bilevel.forward() or bilevel.pes(), or another optimiser, as optax.adam(rate, eps_root=1e-8)."
         )
 
 
-@functools.lru_cache(maxsize=64)
-def _nan_backwards(optimizer) -> bool:
-    """Whether six steps on a quadratic have a derivative by their start that is nan."""
+def _six_steps(optimizer):
+    """Where six steps on a quadratic end, and the derivative of that by their start."""
 
     def end(scale):
         params = scale * jnp.array([1.0, 2.0])
@@ -298,28 +300,31 @@ def _nan_backwards(optimizer) -> bool:
         (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, 6)
         return jnp.sum(params)
 
-    try:
-        value, slope = jax.jit(jax.value_and_grad(end))(1.0)
-    except Exception:  # an optimiser that wants more than a gradient is not judged
-        return False
-    # Where the steps themselves overflow, as at far too large a rate, the optimiser is not at fault.
-    return bool(np.isfinite(value) and np.isnan(slope))
+    return jnp.stack(jax.value_and_grad(end)(1.0))
 
 
-@functools.lru_cache(maxsize=64)
-def _nan_at_zero(optimizer) -> bool:
-    """Whether the derivative of an update by the gradient is nan at a gradient of zero."""
+def _slope_at_zero(optimizer):
+    """The derivative of an update by its gradient, where that is zero."""
     params = jnp.ones(2)
 
     def update(grad):
         updates, _ = optimizer.update(grad, optimizer.init(params), params)
         return jnp.sum(updates)
 
+    return jax.grad(update)(jnp.array([0.0, 1.0]))
+
+
+def _probed(probe: Callable, inner, hparams):
+    """What a probe finds of an optimiser; None of one that wants more than a gradient."""
     try:
-        slope = jax.jit(jax.grad(update))(jnp.array([0.0, 1.0]))
-    except Exception:  # an optimiser that wants more than a gradient is not judged
-        return False
-    return bool(np.isnan(np.asarray(slope)).any())
+        return np.asarray(_compiled_probe(probe, inner)(hparams if isinstance(inner, Tuned) else None))
+    except Exception:
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_probe(probe: Callable, inner):
+    return jax.jit(lambda hparams: probe(optimizer_at(inner, hparams)))
 
 
 # --- The problem on the data -----------------------------------------------------------------------
@@ -389,17 +394,23 @@ def first_params(problem, params, hparams, batch: Callable, key):
     return params
 
 
-def _shapes_of(name: str, fn, args, signature: str = ""):
-    """What a user's function returns, as shapes; its failures in the user's words."""
-    names = ("params", "hparams", "batch", "model_state")[: len(args)]
-    names = tuple(signature.strip("()").split(", ")) if signature else names
-    called = f"{name}({', '.join(names)})"
+def takes(name: str, fn, arguments: tuple[str, ...]) -> str:
+    """How a user's function is called, by position; TypeError where it takes other arguments."""
+    called = f"{name}({', '.join(arguments)})"
     try:
-        inspect.signature(fn).bind(*args)
+        inspect.signature(fn).bind(*arguments)
     except TypeError as error:
         raise TypeError(f"{name} is called as {called}, which it does not take: {error}.") from None
     except ValueError:
         pass  # a builtin without a signature
+    return called
+
+
+def _shapes_of(name: str, fn, args, signature: str = ""):
+    """What a user's function returns, as shapes; its failures in the user's words."""
+    names = ("params", "hparams", "batch", "model_state")[: len(args)]
+    names = tuple(signature.strip("()").split(", ")) if signature else names
+    called = takes(name, fn, names)
     try:
         return jax.eval_shape(fn, *args)
     except Exception as error:

@@ -27,9 +27,9 @@ STEPS = 80
 SGD = optax.sgd(STEP_SIZE)
 # A fit with noise that vanishes with its error, in units that make it a third as fast or less.
 FITS, SCALE = 1000, 1e-3
-# Of evolution strategies; a mean of half as many squares of normal numbers stays within it.
-PARTICLES = 64
-RANDOM = 3 * (2 / (PARTICLES / 2)) ** 0.5
+# Of evolution strategies; a mean of half as many squares of normal numbers, within four standard errors.
+PARTICLES = 512
+RANDOM = 4 * (2 / (PARTICLES / 2)) ** 0.5
 
 
 def descent(problem):
@@ -55,7 +55,7 @@ class EstimatorRow:
     its state has leaves. ``fresh``: it takes batches beyond the step's own, ``batches`` of them at once.
     ``error_kind``: what its error means. ``solver``: it solves a linear system, with ``scale`` times the
     inner Hessian. ``outer_grads``: how many it takes. ``amplified``: so many times larger is its rounding.
-    ``random``: relative error of its own random numbers, three times the standard one. ``problem`` and
+    ``random``: relative error of its own random numbers, four times the standard one. ``problem`` and
     ``quadratic``: the ridge problem and the quadratic one as it takes them.
     """
 

@@ -1,6 +1,5 @@
 """Schedules as hyperparameters, trajectories that explode, and evolution strategies."""
 
-import dataclasses
 import functools
 
 import jax
@@ -148,14 +147,13 @@ def test_a_schedule_is_saved_stretched_and_drawn(tmp_path):
 
 def test_optimize_learns_a_schedule_that_training_can_follow():
     windows = schedules.windows(4, T)
-    problem = bilevel.Problem(PROBLEM.inner, PROBLEM.outer, constraints={"lr": bilevel.positive()})
     method = bilevel.alternating(
         bilevel.unrolled(per_step={"lr": windows}), MOMENTUM, optax.adam(0.1), inner_steps=T, restart=True
     )
     start = hparams_of(jnp.full(4, 0.05)) | {"l2": jnp.asarray(0.0)}
     problem = bilevel.Problem(
-        problem.inner,
-        problem.outer,
+        PROBLEM.inner,
+        PROBLEM.outer,
         constraints={"lr": bilevel.positive(), "momentum": bilevel.fixed(), "l2": bilevel.fixed()},
     )
     result = bilevel.optimize(problem, W, start, DATA, DATA, method, 30, progress=False)
@@ -168,39 +166,39 @@ def test_optimize_learns_a_schedule_that_training_can_follow():
 # --- Truncation ------------------------------------------------------------------------------------
 
 
-@given(seed=st.integers(0, 10**6), kept=st.integers(1, 30), mu=st.floats(0.05, 1), step=st.floats(0.1, 1))
+# Gradient steps on a quadratic with curvatures from mu to 1; d step / d lam = step cos(lam), in all three.
+QUADRATIC = bilevel.Problem(
+    lambda w, h, curvature: 0.5 * jnp.sum(curvature * w**2) - jnp.sin(h["lam"]) * jnp.sum(w),
+    lambda w, h, _: 0.5 * jnp.sum((w - 1) ** 2),
+)
+DESCENT = bilevel.tuned(lambda h: optax.sgd(h["step"]))
+
+
+@functools.cache
+def _by_lam(kept):
+    fn = bilevel.hypergradient(QUADRATIC, bilevel.unrolled(DESCENT, 40, truncate=kept))
+    return jax.jit(lambda w, h, curvature: fn(w, h, curvature, curvature))
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    kept=st.sampled_from([1, 4, 15]),
+    mu=st.floats(0.05, 1),
+    step=st.floats(0.1, 1),
+)
 def test_the_error_of_truncation_is_within_its_bound(seed, kept, mu, step):
     """Shaban et al., 2019: (1 - gamma mu)^K / (gamma mu) |v| max |B|; gamma at most 1 / L = 1 here."""
     curvature = jnp.asarray(np.random.default_rng(seed).uniform(mu, 1, 3)).at[0].set(mu)
-    error, bound = _truncated(curvature, jnp.asarray(step), jnp.asarray(kept))
-    assert error <= bound * (1 + 1e-9)
-
-
-@jax.jit
-def _truncated(curvature, step, kept):
-    """The error of a hypergradient of 40 steps of descent, by its recursion, and the bound."""
-    lam, target = jnp.asarray(0.7), jnp.ones(3)
-
-    def inner(w, lam):
-        return 0.5 * jnp.sum(curvature * w**2) - jnp.sum(jnp.sin(lam) * w)
-
-    def moved(w, lam):
-        return w - step * jax.grad(inner)(w, lam)
-
-    points = [jnp.zeros(3)]
-    for _ in range(40):
-        points.append(moved(points[-1], lam))
-    alpha = v = points[-1] - target
-    exact = cut = 0.0
-    largest = 0.0
-    for age, w in enumerate(points[-2::-1]):
-        _, pull = jax.vjp(moved, w, lam)
-        alpha, term = pull(alpha)
-        exact, cut = exact + term, cut + jnp.where(age < kept, term, 0)
-        largest = jnp.maximum(largest, jnp.linalg.norm(jax.jacobian(moved, 1)(w, lam)))
-    mu = jnp.min(curvature)
-    bound = (1 - step * mu) ** kept / (step * mu) * jnp.linalg.norm(v) * largest
-    return jnp.abs(exact - cut), bound
+    hparams = {"lam": jnp.asarray(0.7), "step": jnp.asarray(step)}
+    exact, cut = (_by_lam(k)(jnp.zeros(3), hparams, curvature) for k in (None, kept))
+    v, largest = np.linalg.norm(exact.params - 1), step * np.cos(0.7) * np.sqrt(3)
+    error = abs(float(exact.grad["lam"] - cut.grad["lam"]))
+    assert error <= (1 - step * mu) ** kept / (step * mu) * v * largest + 1e-12
+    # Exactly: what the steps before the last ones add.
+    ages = np.arange(kept, 40)
+    factors = np.asarray(1 - step * curvature)[:, None] ** ages
+    older = np.sum(np.asarray(exact.params - 1)[:, None] * factors * step * np.cos(0.7))
+    np.testing.assert_allclose(exact.grad["lam"] - cut.grad["lam"], older, rtol=1e-8, atol=1e-12)
 
 
 # --- Trajectories that explode ---------------------------------------------------------------------
@@ -254,6 +252,26 @@ def test_growth_of_windows_in_forward_mode():
     assert at(bilevel.forward(optax.sgd(0.1), 20), jnp.asarray(1.0), problem, jnp.asarray(1.0)).growth is None
 
 
+def test_an_infinite_derivative_is_no_chaos():
+    """The root of zero in the first step makes nan, and no growth."""
+    problem = bilevel.FixedPoint(lambda w, h, _: 0.5 * w + h * jnp.sqrt(w), lambda w, h, _: w)
+    method = bilevel.alternating(bilevel.unrolled(), None, optax.sgd(0.1), inner_steps=4)
+    result = bilevel.optimize(problem, 0.0, 0.1, ROWS, ROWS, method, 3, progress=False)
+    assert result.status == bilevel.Status.DIVERGED
+    assert "sqrt or norm at zero" in result.message
+
+
+def test_a_run_whose_derivative_overflows_says_what_to_do():
+    method = bilevel.alternating(bilevel.unrolled(), None, optax.sgd(0.1), inner_steps=2000)
+    with jax.enable_x64(False):
+        result = bilevel.optimize(
+            LOGISTIC, np.float32(0.3), np.float32(4.0), np.float32(ROWS), np.float32(ROWS), method, 2,
+            progress=False,
+        )  # fmt: skip
+    assert result.status == bilevel.Status.DIVERGED
+    assert "derivative of the inner loop overflows" in result.message
+
+
 def test_a_run_through_chaos_says_what_to_do():
     method = bilevel.alternating(bilevel.unrolled(), None, optax.sgd(0.0), inner_steps=60)
     run = functools.partial(bilevel.optimize, LOGISTIC, progress=False)
@@ -271,23 +289,20 @@ TOY = bilevel.FixedPoint(lambda s, theta, _: 0.9 * s + theta, lambda s, theta, _
 TRUE, TRUNCATED = 288.71, 118.74
 
 
+# Moves nothing; its state is the last gradient.
+REPORT = optax.GradientTransformation(jnp.zeros_like, lambda grad, state, params=None: (0 * grad, grad))
+
+
 def _truncations(estimator, runs: int = 64):
     """Estimates of the toy's four truncations, of many runs; (runs, 4)."""
-    method = bilevel.alternating(estimator, None, optax.sgd(0.0), inner_steps=5)
-    data = np.zeros(1)
+    method, data = bilevel.alternating(estimator, None, REPORT, inner_steps=5), np.zeros(1)
 
     def one(key):
-        state = method.init(TOY, jnp.asarray(1.0), jnp.asarray(0.3), data, data, key=key)
-
         def step(state, _):
-            # Rows of the history have norms; here signs count.
-            outer = optax.GradientTransformation(
-                lambda x: jnp.zeros_like(x), lambda g, s, p=None: (jnp.zeros_like(g), g)
-            )
-            state, _ = bilevel.alternating(estimator, None, outer, inner_steps=5).step(TOY, state, data, data)
+            state, _ = method.step(TOY, state, data, data)
             return state, state.outer
 
-        state = dataclasses.replace(state, outer=jnp.zeros(()))
+        state = method.init(TOY, jnp.asarray(1.0), jnp.asarray(0.3), data, data, key=key)
         return jax.lax.scan(step, state, None, 4)[1]
 
     return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), runs)))
@@ -329,14 +344,17 @@ def test_pes_begins_anew_where_its_horizon_does():
 
 
 def test_pes_descends_where_derivatives_explode():
-    """A sum of a slow parabola and fast ripples: unrolling follows the ripples (chaotic map r = 4)."""
+    """A parabola with its minimum at 1, and ripples of a chaotic map that the hyperparameter bends."""
 
     def update(state, lam, _):
-        x = 4 * state["x"] * (1 - state["x"])
+        x = (4 - 0.05 * jax.nn.sigmoid(lam)) * state["x"] * (1 - state["x"])
         return {"x": x, "miss": (lam + 0.2 * (x - 0.5) - 1.0) ** 2}
 
     problem = bilevel.FixedPoint(update, lambda state, lam, _: state["miss"])
     start = {"x": jnp.asarray(0.3), "miss": jnp.asarray(0.0)}
+    unrolled = at(bilevel.unrolled(steps=200), jnp.asarray(0.0), problem, start)
+    assert unrolled.growth > np.log(300)
+    assert abs(unrolled.grad) > 1e20  # that of the parabola is -2
     method = bilevel.alternating(
         bilevel.pes(200, 32, sigma=0.1, evaluations=20), None, optax.adam(0.05), inner_steps=20
     )
@@ -453,3 +471,16 @@ def test_wrong_input_is_named(name):
     call, message = WRONG[name]
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+def test_probes_of_an_optimiser_are_compiled_once(compiled):
+    """Also where each run makes the optimiser anew, of another rate."""
+    method = bilevel.alternating(bilevel.unrolled(), MOMENTUM, optax.sgd(0.1), inner_steps=3)
+
+    def run(lr):
+        bilevel.optimize(PROBLEM, W, hparams_of(lr), DATA, DATA, method, 2, progress=False)
+
+    run(0.1)
+    compiled()
+    run(0.2)
+    assert compiled() == 0

@@ -31,7 +31,14 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevel import influence
-from bilevel.estimators.rollout import TrajectoryEstimator, begun, settings, shortened, stepped
+from bilevel.estimators.rollout import (
+    TrajectoryEstimator,
+    begun,
+    is_setting,
+    settings,
+    shortened,
+    stepped,
+)
 from bilevel.schedules import Knots
 from bilevel.trees import joined, split_floating, spread
 from bilevel.vectors import norm
@@ -81,9 +88,10 @@ class Forward(TrajectoryEstimator):
         total, kept = self.lengths
         none = jax.tree.map(lambda x: x[:0], dz)
         carry = moving, rest, none, jax.vmap(norm)(none)
-        parts = min(_PARTS, kept) if starts.any() else 1
+        parts, products = min(_PARTS, kept) if starts.any() else 1, 0
         for part in np.array_split(np.arange(total - kept, total), parts):
             m = int(np.searchsorted(starts[order], part[-1], side="right"))
+            products += m * len(part)
             moving, rest, own, before = carry
             new = jax.tree.map(lambda d: d[len(before) : m], dz)  # noqa: B023
             own = jax.tree.map(lambda x, d: jnp.concatenate([x, d]), own, new)
@@ -102,14 +110,14 @@ class Forward(TrajectoryEstimator):
         growth = None
         if self.columns:
             growth = jnp.log(jnp.maximum(jnp.max(sizes[-1] / before, where=before > 0, initial=1), 1))
-        passes = len(order)
-        return self.report(problem, value, flatten(slopes), end, metrics, draw, valid, passes, growth), state
+        grad = flatten(slopes)
+        return self.report(problem, value, grad, end, metrics, draw, valid, products, growth), state
 
     @property
     def columns(self) -> tuple[str, ...]:
         """What a history has of it: the growth of the tangents of windows, and of entries of a schedule."""
         stepwise = self.per_step is not None and any(
-            x is True or (isinstance(x, Knots) and x.interpolation == "constant" and len(x.steps) > 1)
+            x is True or (isinstance(x, Knots) and x.windows and len(x.steps) > 1)
             for x in self.per_step.leaves
         )
         return ("growth",) if stepwise and self.lengths[1] > 1 else ()
@@ -118,14 +126,13 @@ class Forward(TrajectoryEstimator):
         """For each column the first step that it acts at, and the step after the last."""
         total, _ = self.lengths
         given = self.per_step and self.per_step.tree()
-        stepwise = spread(given, hparams, False, lambda x: isinstance(x, bool) or callable(x), "per_step", "")
+        stepwise = spread(given, hparams, False, is_setting, "per_step", "hparams")
         starts, ends = [np.zeros(0, int)], [np.zeros(0, int)]
         for leaf, setting, moves in zip(jax.tree.leaves(hparams), stepwise, tuned, strict=True):
             if not moves:
                 continue
             begin, end = np.zeros(jnp.shape(leaf), int), np.full(jnp.shape(leaf), total)
-            constant = isinstance(setting, Knots) and setting.interpolation == "constant"
-            if setting is True or constant:
+            if setting is True or (isinstance(setting, Knots) and setting.windows):
                 first = np.asarray(setting.steps if isinstance(setting, Knots) else np.arange(total))
                 shape = -1, *[1] * (begin.ndim - 1)
                 begin = begin + np.append(0, first[1:]).reshape(shape)

@@ -71,7 +71,7 @@ class LookBack(OneStep):
 
         _, p = jax.lax.fori_loop(1, self.terms, back, (v, v))
         grad = axpy(1.0, pull(p)[1], direct)
-        return self.report(problem, value, grad, end, metrics, draw, valid, passes=self.terms), state
+        return self.report(problem, value, grad, end, metrics, draw, valid, products=self.terms), state
 
 
 def look_back(terms: int, inner=None) -> LookBack:

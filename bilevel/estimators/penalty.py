@@ -43,6 +43,7 @@ from bilevel.problem import (
     outer_value,
     unsolved,
 )
+from bilevel.trees import copied
 
 # Fresh batches from here on are those of no solver.
 _APART = 1 << 20
@@ -95,7 +96,7 @@ class Penalty:
                 "penalty compares params with a second copy of them that goes on from step to step, and a "
                 "problem with start= begins anew at every step."
             )
-        params = jax.tree.map(lambda x: jnp.array(x, copy=True), point.params)
+        params = copied(point.params)
         begun = start_point(None if self._solves else self.optimizer, params, None)
         solver = self.optimizer.init(_shifted(problem), begun, hparams) if self._solves else ()
         return PenaltyState(begun, solver, jnp.int32(0))

@@ -36,6 +36,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bilevel import validation
 from bilevel.constraints import bind
@@ -43,7 +44,8 @@ from bilevel.estimators.rollout import TrajectoryEstimator, settings
 from bilevel.inner_solvers import inner_step, started
 from bilevel.lift import examples
 from bilevel.problem import Counts, Estimate, HParams, Point, outer_value, register, unsolved
-from bilevel.vectors import axpy, where
+from bilevel.trees import copied
+from bilevel.vectors import axpy, scaled, where, zeros
 
 _OBJECTIVES = "mean", "final"
 
@@ -81,7 +83,7 @@ class Pes(TrajectoryEstimator):
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Steps of a truncation; none of them is differentiated in the end."""
+        """Steps of a truncation, all of them kept."""
         assert self.steps is not None  # checked by init
         return self.steps, self.steps
 
@@ -104,12 +106,11 @@ class Pes(TrajectoryEstimator):
             )
         pairs = self.particles // 2
         free = bind(problem.constraints, hparams).to_free(hparams)
-        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.particles, *jnp.shape(x))), point)
         return PesState(
-            particles=stacked if self.persistent else None,
-            drift=jax.tree.map(lambda x: jnp.zeros((pairs, *jnp.shape(x)), jnp.result_type(x)), free),
+            particles=_repeated(point, self.particles) if self.persistent else None,
+            drift=zeros(pairs, free),
             losses=jnp.zeros(self.particles, jnp.float32),
-            origin=jax.tree.map(lambda x: jnp.array(x, copy=True), point),
+            origin=copied(point),
             truncations=jnp.int32(0),
         )
 
@@ -138,14 +139,12 @@ class Pes(TrajectoryEstimator):
             anew = dataclasses.replace(anew, model_state=state.origin.model_state)
             return where(fresh, anew, point)
 
-        noise = _noise(key_noise, free, pairs, self.sigma)
+        drawn = jax.vmap(lambda k: optax.tree.random_like(k, free))(jax.random.split(key_noise, pairs))
+        noise = scaled(drawn, self.sigma)
         both = jax.tree.map(lambda e: jnp.concatenate([e, -e]), noise)
         moved = jax.vmap(lambda e: constraints.project(jax.tree.map(jnp.add, free, e), free))(both)
         mean = begun(point, free)
-        if self.persistent:
-            starts = jax.vmap(begun)(state.particles, moved)
-        else:
-            starts = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), mean)
+        starts = jax.vmap(begun)(state.particles, moved) if self.persistent else _repeated(mean, n)
         every = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), (mean, free), (starts, moved))
         ends, losses, values, metrics = jax.vmap(run)(*every)
         end, particles = jax.tree.map(lambda x: x[0], ends), jax.tree.map(lambda x: x[1:], ends)
@@ -221,14 +220,9 @@ class Pes(TrajectoryEstimator):
         return end, loss, values[-1], jax.tree.map(lambda x: x[-1], metrics)
 
 
-def _noise(key, free, pairs: int, sigma: float):
-    leaves, treedef = jax.tree.flatten(free)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [
-        sigma * jax.random.normal(k, (pairs, *jnp.shape(x)), jnp.result_type(x))
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, drawn)
+def _repeated(tree, n: int):
+    """So many of it, stacked."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), tree)
 
 
 def pes(

@@ -60,7 +60,7 @@ class TrajectoryEstimator:
         if self.steps is None:
             raise ValueError(self._unsettled)
         settings = self.per_step.tree()
-        spread(settings, hparams, False, _is_setting, "per_step", "hparams")
+        spread(settings, hparams, False, is_setting, "per_step", "hparams")
         return _at_step(settings, hparams, j, self.steps, "")
 
     @property
@@ -78,10 +78,10 @@ class TrajectoryEstimator:
         return value
 
     def report(
-        self, problem, value, grad, end: Point, metrics, draw, valid, passes: int, growth=None
+        self, problem, value, grad, end: Point, metrics, draw, valid, products: int, growth=None
     ) -> Estimate:
-        """The estimate at the end point, derivatives having taken ``passes`` sweeps over the steps kept."""
-        steps, kept = self.lengths
+        """The estimate at the end point, ``products``: how many with the Jacobian of a step it took."""
+        steps, _ = self.lengths
         batch_rows = jnp.float32(examples(problem, draw.last))
         return Estimate(
             value=value,
@@ -91,8 +91,8 @@ class TrajectoryEstimator:
             counts=Counts(
                 inner_grad=steps * batch_rows,
                 outer_grad=jnp.float32(examples(problem, valid)),
-                hvp=kept * passes * batch_rows,
-                cross=kept * passes * batch_rows,
+                hvp=products * batch_rows,
+                cross=products * batch_rows,
             ),
             solve=unsolved(value),
             metrics=metrics,
@@ -100,7 +100,8 @@ class TrajectoryEstimator:
         )
 
 
-def _is_setting(x) -> bool:
+def is_setting(x) -> bool:
+    """Of ``per_step``, for everything below."""
     return isinstance(x, bool) or callable(x)
 
 
@@ -163,7 +164,7 @@ def settings(inner, steps, truncate, per_step, clip=None) -> tuple:
     if per_step is not None:
         per_step = StaticTree.of(per_step)
         for leaf in per_step.leaves:
-            if not _is_setting(leaf):
+            if not is_setting(leaf):
                 raise TypeError(
                     "per_step must hold True, False, or what makes a schedule of the hyperparameters there, "
                     f"such as bilevel.schedules.windows(20, steps=1000); got {leaf!r:.80}."

@@ -74,9 +74,11 @@ class Unrolled(TrajectoryEstimator):
                 "take one without, bilevel.forward(), bilevel.pes() or bilevel.implicit()."
             ) from error
         grad = axpy(size, indirect, direct)
-        growth = jnp.log(jnp.maximum(jnp.max(sizes), 1)) if self.columns else None
+        growth = None
+        if self.columns:  # what explodes is large before it overflows; an infinite derivative is not
+            growth = jnp.log(jnp.maximum(jnp.max(jnp.where(jnp.isfinite(sizes), sizes, 0)), 1))
         end = joined(moving, rest)
-        return self.report(problem, value, grad, end, metrics, draw, valid, 1, growth), state
+        return self.report(problem, value, grad, end, metrics, draw, valid, self.lengths[1], growth), state
 
     @property
     def reverses(self) -> bool:

@@ -42,13 +42,10 @@ from bilevel.problem import (
     static,
     tree_is_finite,
 )
+from bilevel.trees import copied
 
 # Outer steps in a row that may be rejected; a step that nothing random enters would only repeat itself.
 _REJECTIONS = 3
-
-
-def _copy(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 @register
@@ -180,7 +177,7 @@ class Alternating:
         settled = self._estimator
         validation.problem_on_data(problem, settled, self._inner, params, seen, *batches, model_state)
         # Copies, so that a loop that donates its state leaves the user's arrays alone.
-        return self._first_state(problem, constraints, *_copy((params, hparams, key, model_state)))
+        return self._first_state(problem, constraints, *copied((params, hparams, key, model_state)))
 
     def _check_inner(self, problem) -> None:
         if isinstance(problem, FixedPoint):
@@ -208,7 +205,7 @@ class Alternating:
             estimator=estimator,
             inner=inner,
             outer=outer,
-            origin=_copy(point) if self.restart else None,
+            origin=copied(point) if self.restart else None,
             key=key,
             count=jnp.int32(0),
             position=jnp.int32(0),

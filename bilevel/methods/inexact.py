@@ -20,6 +20,7 @@ from bilevel.inner_solvers import start_point
 from bilevel.lift import examples, refuse_sampled
 from bilevel.linear_solvers import cg
 from bilevel.problem import Counts, FixedPoint, NonFinite, Point, PyTree, register, static
+from bilevel.trees import copied
 
 # Inner steps of a solve, where the method is left to choose its solver.
 _MAX_STEPS = 100_000
@@ -125,9 +126,7 @@ def first_state(
     batches = data.abstract_batch(train), data.abstract_batch(valid)
     validation.problem_on_data(problem, estimator, None, params, hparams, *batches, model_state)
     # Copies, so that a loop that donates its state leaves the user's arrays alone.
-    params, hparams, key, model_state = jax.tree.map(
-        lambda x: jnp.array(x, copy=True), (params, hparams, key, model_state)
-    )
+    params, hparams, key, model_state = copied((params, hparams, key, model_state))
     point = start_point(None, params, model_state, hparams)
     free = constraints.to_free(hparams)
     return InexactState(

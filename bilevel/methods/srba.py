@@ -41,6 +41,7 @@ from bilevel.methods.directions import (
 )
 from bilevel.placement import refuse_explicit
 from bilevel.problem import HParams, Params
+from bilevel.trees import copied
 from bilevel.vectors import into_ball
 
 
@@ -81,7 +82,7 @@ class Srba:
         args = params, hparams, train, valid
         state = begun("srba", self.method, problem, args, key=key, model_state=model_state)
         # Copies, so that a loop that donates its state never gives one buffer twice.
-        w, h = jax.tree.map(lambda x: jnp.array(x, copy=True), (state.params, state.hparams))
+        w, h = copied((state.params, state.hparams))
         before = Before(w, jax.tree.map(jnp.zeros_like, w), h)
         parts = Parts(InnerPart(w, w, h), OuterPart(w, h))
         all_valid = valid.whole(state.streams[1])
