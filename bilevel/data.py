@@ -416,11 +416,11 @@ def abstract_batch(source: Source, whole: bool = False) -> Batch:
     if isinstance(source, Whole):
         return source.arrays
 
-    def batch():
+    def batch(source):
         key = jax.random.key(0)
         return source.whole(key) if whole else source.batch(key, 0)
 
-    return jax.eval_shape(batch)
+    return jax.eval_shape(batch, source)
 
 
 def _leading_axis(arrays, name: str) -> int:

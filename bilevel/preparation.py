@@ -18,7 +18,7 @@ from bilevel.loop import Plan
 from bilevel.placement import Placement
 from bilevel.populations import Population, member_of
 from bilevel.problem import FixedPoint, Method, Problem, PyTree
-from bilevel.trees import readable
+from bilevel.trees import has_shapes, readable
 
 # Rows of a chunk's buffers: no chunk has more outer steps.
 _CAPACITY = 512
@@ -232,15 +232,25 @@ def _member(hparams, i: int):
 
 
 def _first_params(problem, method, params, hparams, train: data.Source, keys, population: Population | None):
+    shapes = has_shapes((hparams, train))
     if population is None:
-        seen = method.seen(hparams, 0)
-        return validation.first_params(problem, params, seen, lambda: train.batch(keys, 0), keys)
+        seen = jax.eval_shape(lambda h: method.seen(h, 0), hparams) if shapes else method.seen(hparams, 0)
+
+        def batch():
+            return data.abstract_batch(train) if shapes else train.batch(keys, 0)
+
+        return validation.first_params(problem, params, seen, batch, keys)
     if problem.start is not None and params is None:
 
         def begin(hparams, key):
             return problem.start(method.seen(hparams, 0), train.batch(key, 0), key)
 
-        return validation.floating(jax.jit(jax.vmap(begin))(hparams, keys), "start(hparams, batch, key)")
+        if shapes:
+            # A shape is no argument of a program.
+            made = jax.eval_shape(jax.vmap(begin), hparams, keys)
+        else:
+            made = jax.jit(jax.vmap(begin))(hparams, keys)
+        return validation.floating(made, "start(hparams, batch, key)")
     return validation.floating(params, "params")
 
 

@@ -69,6 +69,11 @@ def readable(leaf) -> bool:
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
+def has_shapes(tree) -> bool:
+    """Whether a leaf is a shape without values, so that nothing can be computed."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
 def copied(tree):
     """Arrays of its own: a loop that donates them leaves the caller's alone."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)

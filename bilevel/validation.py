@@ -27,7 +27,7 @@ from bilevel.problem import (
     inner_value,
     outer_value,
 )
-from bilevel.trees import abstract, readable
+from bilevel.trees import abstract, has_shapes, readable
 
 
 def name_of(path) -> str:
@@ -385,7 +385,8 @@ def first_params(problem, params, hparams, batch: Callable, key):
     args = hparams, batch(), key
     made = _shapes_of("start", problem.start, args, "(hparams, batch, key)")
     if params is None:
-        params = floating(jax.jit(problem.start)(*args), "start(hparams, batch, key)")
+        begun = made if has_shapes(args) else jax.jit(problem.start)(*args)
+        params = floating(begun, "start(hparams, batch, key)")
         finite(params, "start(hparams, batch, key)")
         return params
     params = floating(params, "params")

@@ -163,6 +163,21 @@ def test_optimize_learns_a_schedule_that_training_can_follow():
     np.testing.assert_allclose(estimate.value, result.best.value, rtol=1e-10)
 
 
+def test_memory_is_predicted_from_shapes_alone():
+    """Where the start makes the params and a schedule sees the hyperparameters, too."""
+    problem = bilevel.Problem(PROBLEM.inner, PROBLEM.outer, start=lambda h, batch, key: jnp.zeros_like(W))
+    method = bilevel.alternating(
+        bilevel.unrolled(per_step={"lr": schedules.windows(4, T)}), MOMENTUM, optax.sgd(0.1), inner_steps=T
+    )
+    given = hparams_of(jnp.full(4, 0.05)), DATA, DATA
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), given)
+    sampled = [
+        bilevel.memory(problem, method, None, h, bilevel.minibatches(x, 4), y) for h, x, y in (given, shapes)
+    ]
+    assert sampled[0] == sampled[1]
+    assert sampled[0].total > 0
+
+
 # --- Truncation ------------------------------------------------------------------------------------
 
 
