@@ -47,9 +47,9 @@ from benchmarks.problems.training_run import BATCH, INNER, PROBLEM, Losses, Spli
 
 OUT = Path(__file__).parent / "results" / "schedules"
 SEEDS = (0, 1, 2)
-STEPS, WINDOWS, OUTER_STEPS, FIRST, CLIP = 1000, 20, 200, 0.03, 3.0
+STEPS, WINDOWS, OUTER_STEPS, FIRST, CLIP = 1000, 20, 200, 0.01, 3.0
 OUTER_RATE = 0.1
-STARTS = (0.0003, 0.003, 0.03, 0.3)
+STARTS = (0.0001, 0.001, 0.01, 0.1)
 LONGER, JUDGES, JUDGES_LONG = 4, 16, 8
 LEARNED = "learned"
 
