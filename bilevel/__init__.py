@@ -1,6 +1,6 @@
 """Tune hyperparameters by gradient: bilevel optimisation for JAX, optax and flax."""
 
-from bilevel import em, imaging, prox, schedules
+from bilevel import em, imaging, maps, mixtures, penalties, prox, scaling, schedules, soups, stopping
 from bilevel.argmin import argmin
 from bilevel.check import HypergradientCheck, check_hypergradient
 from bilevel.checkpoint import checkpoints
@@ -57,11 +57,12 @@ from bilevel.problem import (
     composite,
 )
 from bilevel.proximal import proximal_gradient
+from bilevel.reparametrize import reparametrize
 from bilevel.result import Best, Members, Result, Trajectory
 from bilevel.result_file import load
 from bilevel.run import STOP
 from bilevel.schedules import Schedule
-from bilevel.transforms import normalized_momentum
+from bilevel.transforms import momentum_reset, normalized_momentum
 
 __version__ = "0.1.0"
 
@@ -121,9 +122,12 @@ __all__ = [
     "look_back",
     "ma_soba",
     "maid",
+    "maps",
     "memberwise",
     "memory",
     "minibatches",
+    "mixtures",
+    "momentum_reset",
     "neumann",
     "newton",
     "newton_cg",
@@ -134,6 +138,7 @@ __all__ = [
     "optax_loop",
     "optimize",
     "path_smoothness",
+    "penalties",
     "penalty",
     "pes",
     "picard",
@@ -143,17 +148,21 @@ __all__ = [
     "prox",
     "proximal_gradient",
     "real",
+    "reparametrize",
     "ridge_smoothness",
     "saba",
+    "scaling",
     "schedules",
     "sgd",
     "simplex",
     "slip",
     "soba",
+    "soups",
     "srba",
     "stacked",
     "stn",
     "stocbio",
+    "stopping",
     "ttsa",
     "tune",
     "tuned",

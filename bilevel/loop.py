@@ -183,11 +183,11 @@ def compiled_choice(plan: Plan):
 
 @functools.lru_cache(maxsize=64)
 def compiled_dropping(plan: Plan):
-    """The jitted carry in which the members that run, and are not among those kept, are dropped."""
+    """The jitted carry in which members that run, and are not among those kept, have ended with a status."""
 
-    def dropped(carry: Carry, kept) -> Carry:
+    def dropped(carry: Carry, kept, code) -> Carry:
         running = carry.member.status == Status.RUNNING
-        status = jnp.where(running & ~kept, jnp.int32(Status.DROPPED), carry.member.status)
+        status = jnp.where(running & ~kept, code, carry.member.status)
         return dataclasses.replace(carry, member=dataclasses.replace(carry.member, status=status))
 
     return jax.jit(dropped, donate_argnums=0, out_shardings=plan.layout and plan.layout.tree())

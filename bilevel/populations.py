@@ -9,6 +9,7 @@ goes on in a smaller program.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ class Population:
 
     def keys(self, key) -> jax.Array:
         """The keys of the members, shape (n,)."""
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(self.n, dtype=np.uint32))
+        return _keys(key, self.n)
 
     def start(self, key, params, hparams) -> tuple[Params, HParams]:
         """Where the members begin, every leaf with a leading axis of length n.
@@ -67,6 +68,11 @@ class Population:
             return params, validation.floating(hparams, "hparams")
 
         return jax.jit(jax.vmap(one))(self.keys(key))
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def _keys(key, n: int) -> jax.Array:
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(n, dtype=np.uint32))
 
 
 def population(n: int, sample: Callable | None = None, halve_every: int | None = None) -> Population:

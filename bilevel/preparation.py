@@ -138,7 +138,7 @@ def prepare(stack: contextlib.ExitStack, given: Given) -> Prepared:
         ]
     examples = [source.example() if isinstance(source, FED) else source for source in sources]
     data.check_sources(examples[0], examples[1], method.batches_per_step[0])
-    keys = key if population is None else jax.jit(population.keys)(key)
+    keys = key if population is None else population.keys(key)
     params = _first_params(problem, method, params, hparams, examples[0], keys, population)
     fed_valid = isinstance(sources[1], FED)
     plan = Plan(

@@ -138,6 +138,8 @@ def _own_end(plan: loop.Plan, code: Status, whole: Result, history: dict) -> tup
         return whole.status, whole.message
     if code == Status.DROPPED:
         return code, f"Dropped by successive halving at outer step {len(history['step'])}."
+    if code == Status.INTERRUPTED:
+        return code, f"Stopped by a callback at outer step {len(history['step'])}."
     if code == Status.CONVERGED:
         return code, "The gradient norm is at most tol."
     return code, diagnosis.why_ended(code, history, plan.method)

@@ -215,28 +215,34 @@ class Run:
 
     def _between(self) -> None:
         """Callbacks, checkpoints and interruption; all processes come to the same."""
-        stop, spans = False, self.settings.spans_hosts
+        stop, stopped, spans = False, None, self.settings.spans_hosts
         mine = hosts.first() or not spans
         with hosts.agreed(spans, "A callback of the first process failed; see its own error."):
             if mine and self.settings.callbacks and self._callback_due():
                 with self.interrupt.waiting():
-                    stop = self._call_back()
+                    stop, stopped = self._call_back()
         why = self.interrupt.why
         if spans:
-            stop, why = self._agree(stop, why)
+            stop, stopped, why = self._agree(stop, stopped, why)
         if self.ended is None and stop:
             self.ended = Status.INTERRUPTED, "A callback returned STOP."
         if self.ended is None and why is not None:
             self.ended = Status.INTERRUPTED, why
+        if self.ended is None and stopped is not None:
+            self._end_all_but(~stopped[self.active], Status.INTERRUPTED)
+            self._judge()
         if self.ended is None and self.keeper is not None and self.done % self.keeper.every == 0:
             self._keep()
 
-    def _agree(self, stop: bool, why: str | None) -> tuple[bool, str | None]:
-        said = hosts.gather([stop, why is not None, self.chunk_length])
+    def _agree(self, stop: bool, stopped: np.ndarray | None, why: str | None):
+        said = hosts.gather([stop, why is not None, self.chunk_length, stopped is not None])
         self.chunk_length = int(said[0, 2])
+        if said[0, 3]:
+            shared = hosts.share(None if stopped is None else stopped.tobytes())
+            stopped = np.frombuffer(shared or b"", bool)
         if why is None and said[:, 1].any():
             why = "Another process was told to stop."
-        return bool(said[:, 0].any()), why
+        return bool(said[:, 0].any()), stopped, why
 
     def _callback_due(self) -> bool:
         return self.done > self.told and (
@@ -245,11 +251,23 @@ class Run:
             or self.done >= self.settings.steps
         )
 
-    def _call_back(self) -> bool:
+    def _call_back(self) -> tuple[bool, np.ndarray | None]:
+        """Whether all stop, and which members do, if any."""
         rows = self.record.history(self.told)
         replies = [callback(self.done, rows) for callback in self.settings.callbacks]
         self.told = self.done
-        return any(reply is STOP for reply in replies)
+        masks = [self._mask(reply) for reply in replies if getattr(reply, "ndim", 0) and reply.dtype == bool]
+        stopped = np.any(masks, axis=0) if masks else np.zeros(0, bool)
+        return any(reply is STOP for reply in replies), stopped if stopped.any() else None
+
+    def _mask(self, reply) -> np.ndarray:
+        members = self.record.members
+        if members is None or np.shape(reply) != (members,):
+            wanted = (
+                "STOP: this is no population" if members is None else f"one for each of {members} members"
+            )
+            raise ValueError(f"a callback returned booleans of shape {np.shape(reply)}, expected {wanted}.")
+        return np.asarray(reply)
 
     def _halve(self) -> None:
         """Successive halving: the worse half of the members is set aside, and a smaller program goes on."""
@@ -263,13 +281,17 @@ class Run:
         keep = survivors(values, status == Status.DIVERGED, status == Status.DROPPED)
         # Where the mesh asks for more, some of those dropped stay in the program, and do nothing.
         places = padded(keep, len(active), self._member_shards())
-        self.carry = loop.compiled_dropping(self.plan)(self.carry, np.isin(np.arange(len(active)), keep))
+        self._end_all_but(np.isin(np.arange(len(active)), keep), Status.DROPPED)
         if len(places) < len(active):
             choose = loop.compiled_choice(self.plan)
             aside = np.setdiff1d(np.arange(len(active)), places)
             left, kept = choose(self.carry, aside).member, choose(self.carry, places)
             self.dropped.append((active[aside], left))
             self.carry, self.active = kept, active[places]
+
+    def _end_all_but(self, kept: np.ndarray, status: Status) -> None:
+        """Members of the program that run, and are not kept, end with a status; their state stays."""
+        self.carry = loop.compiled_dropping(self.plan)(self.carry, kept, np.int32(status))
 
     def _member_shards(self) -> int:
         placement = self.settings.placement

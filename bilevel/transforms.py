@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from bilevel.problem import PyTree
-from bilevel.vectors import norm, scaled, unit_of
+from bilevel.validation import whole_number
+from bilevel.vectors import norm, scaled, unit_of, where
 
 
 class NormalizedMomentumState(NamedTuple):
@@ -77,6 +78,59 @@ def normalized_momentum(step_size, momentum=0.9) -> optax.GradientTransformation
         return updates, NormalizedMomentumState(mean, steps)
 
     return optax.GradientTransformation(init, update)
+
+
+class MomentumResetState(NamedTuple):
+    """The state of the optimiser, and the updates since it was begun anew."""
+
+    state: PyTree
+    age: jax.Array
+
+
+def momentum_reset(
+    optimizer: optax.GradientTransformation, every: int
+) -> optax.GradientTransformationExtraArgs:
+    """An optimiser whose state is begun anew from time to time: its momentum, and its count of steps.
+
+    For an inner loop whose problem an outer step, or `bilevel.maps.refactorise`, moves away from what the
+    momentum remembers. As the count begins anew too, Adam's correction of its first means is right again. A
+    schedule of learning rates would begin anew with it: leave it outside,
+    ``optax.chain(momentum_reset(optax.scale_by_adam(), 200), optax.scale_by_learning_rate(schedule))``.
+
+    Args:
+      optimizer: any optax transformation.
+      every: updates from one begin to the next, at least 1, which leaves no momentum at all.
+
+    Raises:
+      TypeError, ValueError: no transformation, or no such number.
+
+    Example:
+      >>> import bilevel, jax.numpy as jnp, optax
+      >>> optimizer = bilevel.momentum_reset(optax.trace(0.9), every=2)
+      >>> state = optimizer.init(jnp.zeros(()))
+      >>> updates = []
+      >>> for _ in range(4):
+      ...     update, state = optimizer.update(jnp.ones(()), state)
+      ...     updates.append(round(float(update), 1))
+      >>> print(updates)
+      [1.0, 1.9, 1.0, 1.9]
+    """
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"optimizer must be an optax transformation, got {optimizer!r:.80}.")
+    every = whole_number("every", every, 1)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(params):
+        return MomentumResetState(optimizer.init(params), jnp.int32(0))
+
+    def update(grads, state, params=None, **extra_args):
+        # An optimiser whose first state holds params themselves is given them here too.
+        fresh = optimizer.init(grads if params is None else params)
+        before = where(state.age == every, fresh, state.state)
+        updates, after = optimizer.update(grads, before, params, **extra_args)
+        return updates, MomentumResetState(after, jnp.where(state.age == every, 1, state.age + 1))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _in_range(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:

@@ -432,6 +432,7 @@ OTHER = {
     # In files of their own: they take whole arrays, lifted problems, or problems with constants.
     *("maid", "hoag", "isgd"),
     *("imaging", "em", "prox", "proximal_gradient", "schedules"),
+    *("mixtures", "scaling", "soups", "stopping", "maps", "penalties", "reparametrize", "momentum_reset"),
     *("online", "tune", "get_hparams"),
     # Random or in a cycle also with whole arrays; with the other presets in a file of their own.
     *("ttsa", "bome", "slip"),

@@ -113,7 +113,7 @@ def test_hypergradients_are_those_of_finite_differences(estimator):
 
 def test_a_stopped_gradient_in_its_place_is_refused(monkeypatch):
     # The published code stops gradients; here that stops the hypergradient as well.
-    monkeypatch.setattr(study, "held", jax.lax.stop_gradient)
+    monkeypatch.setattr("bilevel.penalties.noisy_labels.held", jax.lax.stop_gradient)
     problem = bilevel.Problem(
         lambda *args: study.inner(*args),  # nothing that was read before is taken for it
         study.outer,

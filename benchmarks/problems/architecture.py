@@ -15,6 +15,7 @@ decay, by many searches of each kind that look things up in it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -32,7 +33,7 @@ from benchmarks.problems.training_run import pictures
 
 LAYERS, UNITS, TRAIN, VALID, BATCH = 3, 64, 300, 600, 50
 WIDTHS, KINDS = (4, 8, 16, 32, 64), ("relu", "tanh", "sine")
-INNER, STEPS, TRIALS, USUAL = 10, 20, 12, 1e-4  # inner steps of an outer one, outer steps, trials, decay
+INNER, STEPS, TRIALS, USUAL = 10, 20, 40, 1e-4  # inner steps of an outer one, outer steps, trials, decay
 LEARNING_RATE = 3e-3
 REPEATS, LOOKS = 200, 60
 
@@ -174,14 +175,10 @@ def search(make_sampler, learn: bool):
             trial = study.ask()
             chosen = asked(trial)
             if learn:
-                key = papers.key_of(seed, 0)
                 begin = {"decay": DEFAULT["decay"], "architecture": chosen}
-                params = start(begin, None, key)
-                result = bilevel.optimize(
-                    case.problem, params, begin, case.train, case.valid, case.method, case.steps,
-                    key=key, progress=False, keep_best=False,
-                )  # fmt: skip
-                hparams = result.hparams
+                params = start(begin, None, papers.key_of(seed, 0))
+                own = dataclasses.replace(case, params=params, hparams=begin)
+                hparams = papers.tuned(own, seed, case.steps).hparams
             else:
                 numbers = {name: trial.suggest_float(name, *ends, log=True) for name, ends in BOX.items()}
                 hparams = with_decays(numbers, chosen)
