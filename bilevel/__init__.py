@@ -14,6 +14,7 @@ from bilevel.estimators.look_back import look_back
 from bilevel.estimators.penalty import penalty
 from bilevel.estimators.pes import pes
 from bilevel.estimators.unrolled import one_step, unrolled
+from bilevel.hybrid import optuna_objective, optuna_study
 from bilevel.hypergradient import hypergradient
 from bilevel.inner_loops.accelerated import accelerated
 from bilevel.inner_loops.epoch_sgd import epoch_sgd
@@ -137,6 +138,8 @@ __all__ = [
     "online",
     "optax_loop",
     "optimize",
+    "optuna_objective",
+    "optuna_study",
     "path_smoothness",
     "penalties",
     "penalty",

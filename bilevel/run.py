@@ -35,6 +35,7 @@ class _Stop:
 
 
 STOP = _Stop()
+STOPPED = "A callback returned STOP."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +226,7 @@ class Run:
         if spans:
             stop, stopped, why = self._agree(stop, stopped, why)
         if self.ended is None and stop:
-            self.ended = Status.INTERRUPTED, "A callback returned STOP."
+            self.ended = Status.INTERRUPTED, STOPPED
         if self.ended is None and why is not None:
             self.ended = Status.INTERRUPTED, why
         if self.ended is None and stopped is not None:

@@ -433,6 +433,7 @@ OTHER = {
     *("maid", "hoag", "isgd"),
     *("imaging", "em", "prox", "proximal_gradient", "schedules"),
     *("mixtures", "scaling", "soups", "stopping", "maps", "penalties", "reparametrize", "momentum_reset"),
+    *("optuna_objective", "optuna_study"),
     *("online", "tune", "get_hparams"),
     # Random or in a cycle also with whole arrays; with the other presets in a file of their own.
     *("ttsa", "bome", "slip"),
