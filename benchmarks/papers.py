@@ -88,7 +88,7 @@ def gradient(case: Case, seconds: float, seed: int) -> Answer:
     """All of the case's steps, whatever the seconds."""
     del seconds
     result = tuned(case, seed, case.steps)
-    found = [result.hparams] if result.best is None else [result.hparams, result.best.hparams]
+    found = [result.hparams, result.best.hparams]
     values = [scored(case, hparams, key_of(seed, 1)).valid for hparams in found]
     return Answer(found[int(np.argmin(values))], len(result.history["value"]))
 

@@ -123,23 +123,25 @@ def optuna_objective(build: Callable[[Any], Mapping[str, Any]], **settings) -> O
       ImportError: optuna is missing; TypeError: ``build`` is no function.
 
     Example:
-      >>> import bilevel, jax.numpy as jnp
-      >>> x, y = jnp.array([0.5, 1.0, 2.0, 3.0]), jnp.array([0.3, 1.0, 4.0, 9.0])
-      >>> def train_loss(w, h, data):
-      ...     return jnp.mean((data[0] ** h["power"] * w - data[1]) ** 2) + h["l2"] * w**2
-      >>> def valid_loss(w, h, data):
-      ...     return jnp.mean((data[0] ** h["power"] * w - data[1]) ** 2)
-      >>> limits = {"l2": bilevel.positive(), "power": bilevel.fixed()}
-      >>> problem = bilevel.Problem(train_loss, valid_loss, constraints=limits)
-      >>> def build(trial):
-      ...     power = float(trial.suggest_int("power", 1, 3))
-      ...     return {"hparams": {"l2": 0.1, "power": power}}
-      >>> objective = bilevel.optuna_objective(
-      ...     build, problem=problem, params=jnp.array(0.0), train=(x[1:], y[1:]), valid=(x, y), steps=20
+      >>> import bilevel, jax.numpy as jnp, optuna
+      >>> x = jnp.array([0.5, 1.0, 2.0, 3.0])
+      >>> def valid_loss(w, h, x):
+      ...     return jnp.mean((w * x ** h["power"] - x**2) ** 2)
+      >>> problem = bilevel.Problem(
+      ...     lambda w, h, x: valid_loss(w, h, x) + h["l2"] * w**2,
+      ...     valid_loss,
+      ...     constraints={"l2": bilevel.positive(), "power": bilevel.fixed()},
       ... )
-      >>> study = bilevel.optuna_study(None)  # doctest: +SKIP
-      >>> study.optimize(objective, n_trials=6)  # doctest: +SKIP
-      >>> print(study.best_params, objective.best.hparams["l2"])  # doctest: +SKIP
+      >>> def build(trial):
+      ...     return {"hparams": {"l2": 1.0, "power": float(trial.suggest_int("power", 1, 3))}}
+      >>> objective = bilevel.optuna_objective(
+      ...     build, problem=problem, params=jnp.array(0.0), train=x[1:], valid=x, steps=20
+      ... )
+      >>> optuna.logging.set_verbosity(optuna.logging.ERROR)
+      >>> study = bilevel.optuna_study(None, sampler=optuna.samplers.GridSampler({"power": [1, 2, 3]}))
+      >>> study.optimize(objective, n_trials=3)
+      >>> study.best_params
+      {'power': 2}
     """
     _optuna("optuna_objective")
     if not callable(build):
