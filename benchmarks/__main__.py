@@ -27,7 +27,7 @@ LONG = (
     "default_method", "kills", "certificates", "robustness", "accuracies", "denoising", "multinomial",
     "experts_cost", "online_cost", "complexity", "single_loop", "text", "stn_cost", "hypernetworks",
     "self_tuning", "early_learning", "few_shot", "few_shot_cost", "lasso",
-    "schedules", "long_horizons", "layer_rates", "papers",
+    "schedules", "long_horizons", "layer_rates", "papers", "curves_stopping",
 )  # fmt: skip
 
 

@@ -32,7 +32,11 @@ from benchmarks.rows import save_lines
 
 OUT = Path(__file__).parent / "results" / "papers"
 SEEDS, JUDGES = (0, 1, 2), 3
-PAPERS = ("ensemble_decay", "architecture", "guidance")
+PAPERS = (
+    "repeated_data", "interpolated_activation", "graph_kernel", "power_schedule", "tuning_free",
+    "data_mixture", "novel_classes", "hyperfitting", "curriculum", "ensemble_decay", "architecture",
+    "guidance",
+)  # fmt: skip
 GRADIENT = "hypergradient"
 
 

@@ -66,7 +66,9 @@ def hypergradient(problem: AnyProblem, estimator: Estimator | None = None) -> Ca
         inner = getattr(chosen, "inner", None)
         seen = chosen.seen(hparams, 0) if chosen.trajectory else hparams
         params = validation.first_params(problem, params, seen, lambda: draw(0), key)
-        validation.problem_on_data(problem, chosen, inner, params, seen, draw(0), valid_batch, model_state)
+        validation.problem_on_data(
+            problem, chosen, inner, params, seen, draw(0), valid_batch, model_state, given=hparams
+        )
         point = start_point(inner, params, model_state, seen)
         state = chosen.init(problem, point, hparams)
         result, _ = chosen.estimate(problem, state, point, hparams, draw, valid_batch, key)

@@ -24,6 +24,16 @@ def tuned_leaves(problem: Problem, hparams) -> tuple[bool, ...]:
     return tuple(not isinstance(constraint, Fixed) for constraint in bound.leaves)
 
 
+def seen_leaves(problem: Problem, hparams, seen) -> tuple[bool, ...]:
+    """For each leaf that the losses see, whether one moves that it is made of: a schedule has several."""
+    given = [path for path, _ in jax.tree_util.tree_flatten_with_path(hparams)[0]]
+    moves = tuned_leaves(problem, hparams)
+    return tuple(
+        any(moved for own, moved in zip(given, moves, strict=True) if own[: len(path)] == path)
+        for path, _ in jax.tree_util.tree_flatten_with_path(seen)[0]
+    )
+
+
 def _effects(problem, inner, through_state, params, hparams, train, valid, model_state) -> tuple[list, list]:
     """Everything through which hyperparameters can act: losses and steps, model state, and the start."""
     acts = [outer_value(problem, params, hparams, valid, model_state)[0]]
@@ -47,16 +57,15 @@ def _effects(problem, inner, through_state, params, hparams, train, valid, model
 
 
 @functools.lru_cache(maxsize=64)
-def check_influence(problem, inner, through_state: bool, blind: str | None, tree, shapes) -> None:
+def check_influence(problem, inner, through_state: bool, blind: str | None, tuned, tree, shapes) -> None:
     """Raise ValueError where no loss moves with a tuned hyperparameter, or none that the estimator sees.
 
     ``through_state``: it differentiates through model state. ``blind``: its name, where it sees nothing of
-    the problem's start.
+    the problem's start. ``tuned``: of each leaf of hparams, whether it moves.
     """
     params, hparams, train_batch, valid_batch, model_state = jax.tree.unflatten(tree, shapes)
     leaves, treedef = jax.tree.flatten(hparams)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(hparams)[0]]
-    tuned = tuned_leaves(problem, hparams)
 
     def tangents(i, tangent, leaves, params, train, valid, model_state):
         def values(leaf):
@@ -97,7 +106,7 @@ def check_influence(problem, inner, through_state: bool, blind: str | None, tree
 
 
 @functools.lru_cache(maxsize=64)
-def check_presence(problem, inner, through_state: bool, tree, shapes) -> None:
+def check_presence(problem, inner, through_state: bool, tuned, tree, shapes) -> None:
     """Raise ValueError where a tuned hyperparameter enters neither loss, differentiably or not.
 
     Arguments as of `check_influence`.
@@ -112,8 +121,8 @@ def check_presence(problem, inner, through_state: bool, tree, shapes) -> None:
     made = jax.make_jaxpr(acts)(leaves, params, train_batch, valid_batch, model_state).jaxpr
     enters = entering(made, len(leaves))
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(hparams)[0]]
-    every = zip(paths, enters, tuned_leaves(problem, hparams), strict=True)
-    idle = ["hparams" + jax.tree_util.keystr(path) for path, enters, tuned in every if tuned and not enters]
+    every = zip(paths, enters, tuned, strict=True)
+    idle = ["hparams" + jax.tree_util.keystr(path) for path, enters, moves in every if moves and not enters]
     if idle:
         raise ValueError(
             f"{', '.join(idle)} {'enters' if len(idle) == 1 else 'enter'} neither inner nor outer. A likely "

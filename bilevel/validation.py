@@ -475,7 +475,7 @@ def finite_losses(inner, outer) -> None:
 
 
 def problem_on_data(
-    problem, estimator, inner, params, hparams, train_batch, valid_batch, model_state=None
+    problem, estimator, inner, params, hparams, train_batch, valid_batch, model_state=None, given=None
 ) -> tuple[str, ...]:
     """Both levels fit the arguments, and every tuned hyperparameter influences one of them.
 
@@ -492,6 +492,7 @@ def problem_on_data(
       train_batch: a batch as the inner loss sees it.
       valid_batch: a batch as the outer loss sees it.
       model_state: mutable model state, or None.
+      given: hyperparameters as the constraints see them, where a schedule makes others of them.
     """
     args = (params, hparams, train_batch, valid_batch, model_state)
     metrics = metric_names(problem, *args)
@@ -503,12 +504,14 @@ def problem_on_data(
     leaves, treedef = jax.tree.flatten(jax.tree.map(abstract, args))
     acting = inner if isinstance(inner, Tuned) else None
     through_state = problem.has_state and estimator.trajectory and steps > 1
+    given = hparams if given is None else given
+    tuned = influence.seen_leaves(problem, given, hparams)
     if getattr(estimator, "responds", False):
-        influence.check_presence(problem, acting, through_state, treedef, tuple(leaves))
+        influence.check_presence(problem, acting, through_state, tuned, treedef, tuple(leaves))
         return metrics
-    _refuse_integer(problem, estimator, hparams)
+    _refuse_integer(problem, estimator, given)
     blind = None if _sees_start(estimator, steps) else called(estimator)
-    influence.check_influence(problem, acting, through_state, blind, treedef, tuple(leaves))
+    influence.check_influence(problem, acting, through_state, blind, tuned, treedef, tuple(leaves))
     return metrics
 
 

@@ -163,6 +163,19 @@ def test_optimize_learns_a_schedule_that_training_can_follow():
     np.testing.assert_allclose(estimate.value, result.best.value, rtol=1e-10)
 
 
+def test_parts_of_a_schedule_have_constraints_of_their_own():
+    """The losses see one number of the three."""
+    law = {"lr": lambda h: schedules.power_law(h["peak"], h["scale"], h["exponent"], batch=32)}
+    limits = {"lr": {"peak": bilevel.interval(0, 1), "scale": bilevel.positive(), "exponent": bilevel.real()}}
+    problem = bilevel.Problem(PROBLEM.inner, PROBLEM.outer, constraints=limits)
+    start = {"lr": {"peak": 0.1, "scale": 1.0, "exponent": -0.5}, "momentum": 0.8, "l2": 0.1}
+    method = bilevel.alternating(bilevel.unrolled(per_step=law), MOMENTUM, optax.sgd(0.1), inner_steps=T)
+    state = method.init(problem, W, start, DATA, DATA, key=jax.random.key(0))
+    np.testing.assert_allclose(state.hparams["lr"]["peak"], 0.1)
+    estimate = at(bilevel.unrolled(MOMENTUM, T, per_step=law), start, problem)
+    assert np.isfinite(estimate.grad["lr"]["peak"])
+
+
 def test_memory_is_predicted_from_shapes_alone():
     """Where the start makes the params and a schedule sees the hyperparameters, too."""
     problem = bilevel.Problem(PROBLEM.inner, PROBLEM.outer, start=lambda h, batch, key: jnp.zeros_like(W))
@@ -499,3 +512,19 @@ def test_probes_of_an_optimiser_are_compiled_once(compiled):
     compiled()
     run(0.2)
     assert compiled() == 0
+
+
+def test_strategies_take_optimisers_that_have_no_derivative():
+    """Adam without eps_root at a zero gradient is one, of which unrolled says so."""
+    problem = bilevel.Problem(
+        lambda w, h, batch: h["l2"] * jnp.sum(w[:1] ** 2), lambda w, h, batch: jnp.sum(w**2)
+    )
+    given = W, {"l2": jnp.asarray(0.1)}, DATA, DATA
+
+    def run(estimator):
+        method = bilevel.alternating(estimator, optax.adam(0.1), optax.sgd(0.1), inner_steps=2)
+        return bilevel.optimize(problem, *given, method, 1, progress=False)
+
+    assert np.isfinite(run(bilevel.pes(2, 4)).history["value"]).all()
+    with pytest.raises(ValueError, match="eps_root"):
+        run(bilevel.unrolled())

@@ -82,6 +82,11 @@ class Pes(TrajectoryEstimator):
     continues = "it begins anew by itself, where its horizon does; leave restart out"
 
     @property
+    def first_order(self) -> bool:
+        """Whether no derivative is taken through the optimiser."""
+        return not self.analytic
+
+    @property
     def lengths(self) -> tuple[int, int]:
         """Steps of a truncation, all of them kept."""
         assert self.steps is not None  # checked by init

@@ -175,7 +175,9 @@ class Alternating:
         params = validation.first_params(problem, params, seen, lambda: train.batch(key, 0), key)
         batches = data.abstract_batch(train), data.abstract_batch(valid)
         settled = self._estimator
-        validation.problem_on_data(problem, settled, self._inner, params, seen, *batches, model_state)
+        validation.problem_on_data(
+            problem, settled, self._inner, params, seen, *batches, model_state, given=hparams
+        )
         # Copies, so that a loop that donates its state leaves the user's arrays alone.
         return self._first_state(problem, constraints, *copied((params, hparams, key, model_state)))
 
