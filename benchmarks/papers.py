@@ -8,7 +8,7 @@ trainings with other starts and orders, the same for all arms. Errors are standa
 seeds; a ``win`` is a seed on which the gradient arm's test score is the lower.
 
 ``python -m benchmarks.papers NAME ...`` runs some of them and shows the report; ``--report`` shows what has
-been run before.
+been run before, ``--page FILE`` writes it as Markdown.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEEDS, JUDGES = (0, 1, 2), 3
 PAPERS = (
     "repeated_data", "interpolated_activation", "graph_kernel", "power_schedule", "tuning_free",
     "data_mixture", "novel_classes", "hyperfitting", "curriculum", "ensemble_decay", "architecture",
-    "guidance",
+    "guidance", "continual", "offline_design", "experts", "mask_tuning", "pruning",
 )  # fmt: skip
 GRADIENT = "hypergradient"
 
@@ -180,6 +180,7 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--out", type=Path, default=OUT, help="folder of rows, verdicts and pictures")
     parser.add_argument("--report", action="store_true", help="show what is there, run nothing")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the report of all as Markdown, too")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in PAPERS]
     if unknown:
@@ -191,6 +192,9 @@ def main(argv: Sequence[str] = ()) -> None:
             print(f"  -- {name}", flush=True)
             run(name, args.seeds, args.out, functools.partial(print, flush=True))
     papers_report.show(args.out, [name for name in names if (args.out / f"{name}.json").exists()])
+    if args.page is not None:
+        done = [name for name in PAPERS if (args.out / f"{name}.json").exists()]
+        args.page.write_text(papers_report.page(args.out, done))
 
 
 if __name__ == "__main__":

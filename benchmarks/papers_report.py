@@ -14,6 +14,15 @@ from benchmarks.measure import table
 from benchmarks.problems.paper import VERDICTS, Evidence, Paper
 
 SHOWN = 6  # numbers of a leaf
+_PAGE = """\
+# What papers claim, tried here
+
+Ideas of the literature at the size of a minute, each tuned by hypergradient, by random search and by Optuna
+in the same CPU time. `python -m benchmarks.papers --page docs/papers.md` writes this page, and draws a picture
+of each; the modules in [benchmarks/problems](../benchmarks/problems) say what is scaled down and what is ours.
+A verdict is about the claim at this size, and about nothing else. Scores are means over seeds with standard
+errors, lower is better; wins are seeds on which the test score by hypergradients is the lower one.
+"""
 
 
 def in_words(hparams) -> str:
@@ -93,6 +102,38 @@ def _draw(path: Path, own: Paper, rows: Sequence[Any], evidence: Evidence) -> No
     evidence.draw(right)
     figure.suptitle(f"{own.title}: the claim {evidence.verdict}", fontsize="medium")
     figure.savefig(path, dpi=110)
+
+
+def page(out: Path, names: Sequence[str]) -> str:
+    """The same as a Markdown page."""
+    lines = [_PAGE, "| problem | claim | verdict |", "|---|---|---|"]
+    every = {name: json.loads((out / f"{name}.json").read_text()) for name in names}
+    for found in every.values():
+        lines.append(
+            f"| [{found['title']}](#{_anchor(found['title'])}) | {found['claim']} | {found['verdict']} |"
+        )
+    for name, found in every.items():
+        lines += ["", f"## {found['title'][0].upper()}{found['title'][1:]}", ""]
+        lines += [
+            f"{found['source']} (`benchmarks/problems/{name}.py`). {found['verdict'].capitalize()}:",
+            "",
+        ]
+        lines += ["> " + found["sentence"].replace("+-", "±"), ""]
+        lines += [
+            f"| | validation | test: {found['unit']} | wins | tried | CPU s |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            "| " + " | ".join(str(cell).replace("+-", "±") for cell in row[:6]) + " |"
+            for row in found["rows"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _anchor(title: str) -> str:
+    """As Markdown makes them of headings."""
+    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -")
+    return kept.replace(" ", "-")
 
 
 def show(out: Path, names: Sequence[str]) -> None:

@@ -84,6 +84,9 @@ def test_a_report_shows_rows_verdict_and_picture(tmp_path, capsys):
     assert "0.1250 +- 0.0750" in random
     assert "1 of 2" in random
     assert (tmp_path / "toy.png").stat().st_size > 5000
+    page = papers_report.page(tmp_path, ["toy"])
+    assert "| [a toy](#a-toy) | l2 is 1 | holds |" in page
+    assert "| random | 0.1250 ± 0.0750 | 1.1250 ± 0.0750 | 1 of 2 | 3 | 1.0 |" in page
     assert json.loads((tmp_path / "toy.json").read_text())["claim"] == "l2 is 1"
     with pytest.raises(ValueError, match="a verdict is one of"):
         papers_report.save(tmp_path, "toy", toy("yes"), rows, evidence("yes", answers))
