@@ -18,10 +18,10 @@ _PAGE = """\
 # What papers claim, tried here
 
 Ideas of the literature at the size of a minute, each tuned by hypergradient, by random search and by Optuna
-in the same CPU time. `python -m benchmarks.papers --page docs/papers.md` writes this page, and draws a picture
-of each; the modules in [benchmarks/problems](../benchmarks/problems) say what is scaled down and what is ours.
-A verdict is about the claim at this size, and about nothing else. Scores are means over seeds with standard
-errors, lower is better; wins are seeds on which the test score by hypergradients is the lower one.
+in the same CPU time. `python -m benchmarks.papers --page docs/papers.md` writes this page, and draws a
+picture of each; the modules in [benchmarks/problems](../benchmarks/problems) say what is scaled down and what
+is ours. A verdict is about the claim at this size, and about nothing else. Scores are means over seeds with
+standard errors, lower is better; wins are seeds on which the test score by hypergradients is the lower one.
 """
 
 

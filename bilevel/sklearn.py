@@ -8,8 +8,7 @@ its loss; the model is then fitted to all rows at the strengths found::
     s      = argmin_s  mean over the rows held out of loss(x_i w*(s) + b*(s), y_i)
 
 It takes the place of ``LogisticRegressionCV`` where one strength for all features is not enough, and a grid
-over as many as there are features out of the question. Needs scikit-learn (``pip install
-'bilevel[bench]'``).
+over several out of the question. Needs scikit-learn (``pip install 'bilevel[bench]'``).
 """
 
 from __future__ import annotations
@@ -72,8 +71,9 @@ class LogisticRegressionHG(ClassifierMixin, BaseEstimator):
     features as given. Computes in float32, or in float64 where JAX has it enabled.
 
     Args:
-      strengths: "feature" for a strength for each feature, "one" for all of them together, or an array of
-        whole numbers from 0 on that says to which group each feature belongs.
+      strengths: "one" for all features together, an array of whole numbers from 0 on that says to which
+        group each feature belongs, or "feature" for a strength for each. Strengths are fitted to the rows
+        held out, and overfit them where there are not many more of these than strengths.
       validation_fraction: of the rows, held out to tune strengths; each class needs two rows at least.
       strength: where all strengths begin.
       steps: outer steps; fewer are taken where the gradient vanishes (``tol``).
@@ -100,7 +100,7 @@ class LogisticRegressionHG(ClassifierMixin, BaseEstimator):
 
     def __init__(
         self,
-        strengths: Any = "feature",
+        strengths: Any = "one",
         *,
         validation_fraction: float = 0.25,
         strength: float = 1e-2,

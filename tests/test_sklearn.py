@@ -27,9 +27,9 @@ def data(rows, seed, classes=2, noise=20):
 @pytest.mark.parametrize("classes", [2, 3])
 def test_features_that_do_not_matter_are_penalised(classes):
     x, y = data(240, 0, classes)
-    model = LogisticRegressionHG(steps=100, random_state=0).fit(x, y)
+    model = LogisticRegressionHG("feature", steps=100, random_state=0).fit(x, y)
     assert np.median(model.strengths_[3:]) > 10 * model.strengths_[:3].max()
-    one = LogisticRegressionHG("one", steps=100, random_state=0).fit(x, y)
+    one = LogisticRegressionHG(steps=100, random_state=0).fit(x, y)
     assert len(set(one.strengths_)) == 1
     test = data(2000, 1, classes)
     assert model.score(*test) > one.score(*test)
