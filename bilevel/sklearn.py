@@ -14,7 +14,6 @@ over several out of the question. Needs scikit-learn (``pip install 'bilevel[ben
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -24,7 +23,6 @@ import optax
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
-    from sklearn.model_selection import StratifiedShuffleSplit
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 except ImportError as error:
@@ -74,7 +72,8 @@ class LogisticRegressionHG(ClassifierMixin, BaseEstimator):
       strengths: "one" for all features together, an array of whole numbers from 0 on that says to which
         group each feature belongs, or "feature" for a strength for each. Strengths are fitted to the rows
         held out, and overfit them where there are not many more of these than strengths.
-      validation_fraction: of the rows, held out to tune strengths; each class needs two rows at least.
+      validation_fraction: of the rows of each class, held out to tune strengths; a row at least. Where a
+        class has but one row there is no tuning.
       strength: where all strengths begin.
       steps: outer steps; fewer are taken where the gradient vanishes (``tol``).
       tol: norm of the gradient by the logarithms of the strengths at which tuning ends.
@@ -87,7 +86,7 @@ class LogisticRegressionHG(ClassifierMixin, BaseEstimator):
       intercept_: shape (1,) or (classes,).
       strengths_: of each feature, of standardised coefficients; shape (features,).
       n_iter_: outer steps taken, shape (1,).
-      result_: the `bilevel.Result` of the tuning; None where there was one class of rows too few to hold out.
+      result_: the `bilevel.Result` of the tuning; None where there was none.
 
     Example:
       >>> from sklearn.datasets import load_breast_cancer
@@ -135,7 +134,8 @@ class LogisticRegressionHG(ClassifierMixin, BaseEstimator):
         groups = self._groups(x.shape[1])
         strength = validation.number("strength", self.strength, positive=True)
         mean, scale = x.mean(0), x.std(0)
-        scale = np.where(scale > 0, scale, 1)
+        # The deviation of a constant column is rounding.
+        scale = np.where(np.ptp(x, axis=0) > 0, scale, 1)
         dtype = jnp.result_type(float)
         z, labels = ((x - mean) / scale).astype(dtype), labels.astype(np.int32)
 
@@ -203,13 +203,10 @@ class LogisticRegressionHG(ClassifierMixin, BaseEstimator):
     def _held_out(self, labels) -> np.ndarray | None:
         """Rows to tune on, some of each class; None where there are too few."""
         share = validation.number("validation_fraction", self.validation_fraction, positive=True, below=1)
-        classes, rows = len(self.classes_), len(labels)
-        held = max(math.ceil(share * rows), classes)
-        if np.bincount(labels).min() < 2 or rows - held < classes:
+        if np.bincount(labels).min() < 2:
             return None
-        rng = check_random_state(self.random_state)
-        split = StratifiedShuffleSplit(1, test_size=held, random_state=rng)
-        _, chosen = next(split.split(np.zeros((rows, 1)), labels))
-        mask = np.zeros(rows, bool)
-        mask[chosen] = True
+        rng, mask = check_random_state(self.random_state), np.zeros(len(labels), bool)
+        for k in range(len(self.classes_)):
+            rows = rng.permutation(np.flatnonzero(labels == k))
+            mask[rows[: min(max(round(share * len(rows)), 1), len(rows) - 1)]] = True
         return mask

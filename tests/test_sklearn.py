@@ -58,6 +58,23 @@ def test_too_few_rows_are_fitted_at_the_first_strength():
     np.testing.assert_array_equal(model.strengths_, 0.5)
 
 
+def test_a_constant_column_has_no_weight():
+    x, y = data(60, 4)
+    x = np.concatenate([x, np.full((60, 1), 0.3)], 1)
+    assert x[:, -1].std() > 0  # by rounding
+    model = LogisticRegressionHG(steps=5, random_state=0).fit(x, y)
+    assert abs(model.coef_[0, -1]) < 1e-6
+
+
+def test_rows_of_each_class_are_on_both_sides():
+    labels = np.repeat([0, 1, 2], [98, 2, 5])
+    for seed in range(20):
+        model = LogisticRegressionHG(validation_fraction=0.3, random_state=seed)
+        model.classes_ = np.arange(3)
+        held = model._held_out(labels)
+        np.testing.assert_array_equal(np.bincount(labels[held]), [29, 1, 2])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
