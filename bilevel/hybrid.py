@@ -72,8 +72,14 @@ class Objective:
 
         Raises:
           optuna.TrialPruned: the study's pruner says so, or the run diverged before anything was good.
+          TypeError: ``build`` returned no dict.
+          ValueError: values that are nan at the start; ``study.optimize(..., catch=ValueError)`` goes on. A
+            population; a study that maximises, or has several objectives.
         """
         optuna = _optuna("optuna_objective")
+        study = getattr(trial, "study", None)  # a fixed trial has none
+        if study is not None and study.directions != [optuna.study.StudyDirection.MINIMIZE]:
+            raise ValueError("the study must minimise: a trial's value is the lowest outer value of its run.")
         arguments = self.build(trial)
         if not isinstance(arguments, Mapping):
             raise TypeError(

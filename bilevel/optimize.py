@@ -64,9 +64,10 @@ def optimize(
         "data", everything else is on each device. Arrays that carry a sharding stay as they are, with or
         without ``mesh``.
       callbacks: functions ``(step, rows)``, called every ``judge_every`` outer steps with the number of steps
-        done and the new rows of the history as numpy arrays; one that returns `STOP` ends the run. In a
-        population one may return a boolean array with an entry for each member: those where it is true are
-        stopped there (status ``INTERRUPTED``), keep their state and best pair, and the others go on.
+        done and the new rows of the history as numpy arrays; one that returns `STOP` ends the run. One
+        with an attribute ``whole = True`` gets all rows from step 0, also where a run is gone on with. In a
+        population one may return booleans, one for each member: those where it is true are stopped there
+        (status ``INTERRUPTED``), keep their state and best pair, and the others go on.
       checkpoint: a folder to write checkpoints to, and to go on from where it holds one of the same run; or
         `checkpoints`.
       progress: show a live progress bar.

@@ -255,20 +255,27 @@ class Run:
     def _call_back(self) -> tuple[bool, np.ndarray | None]:
         """Whether all stop, and which members do, if any."""
         rows = self.record.history(self.told)
-        replies = [callback(self.done, rows) for callback in self.settings.callbacks]
+        replies = [
+            callback(self.done, self.record.history() if getattr(callback, "whole", False) else rows)
+            for callback in self.settings.callbacks
+        ]
         self.told = self.done
-        masks = [self._mask(reply) for reply in replies if getattr(reply, "ndim", 0) and reply.dtype == bool]
+        masks = [self._mask(np.asarray(reply)) for reply in replies if np.ndim(reply)]
         stopped = np.any(masks, axis=0) if masks else np.zeros(0, bool)
         return any(reply is STOP for reply in replies), stopped if stopped.any() else None
 
-    def _mask(self, reply) -> np.ndarray:
+    def _mask(self, reply: np.ndarray) -> np.ndarray:
         members = self.record.members
-        if members is None or np.shape(reply) != (members,):
+        if members is None or reply.shape != (members,) or reply.dtype != bool:
             wanted = (
-                "STOP: this is no population" if members is None else f"one for each of {members} members"
+                "STOP or None: this is no population"
+                if members is None
+                else f"booleans, one for each of {members} members"
             )
-            raise ValueError(f"a callback returned booleans of shape {np.shape(reply)}, expected {wanted}.")
-        return np.asarray(reply)
+            raise ValueError(
+                f"a callback returned {reply.dtype} values of shape {reply.shape}, expected {wanted}."
+            )
+        return reply
 
     def _halve(self) -> None:
         """Successive halving: the worse half of the members is set aside, and a smaller program goes on."""

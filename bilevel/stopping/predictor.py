@@ -199,9 +199,10 @@ def features(curves, extra: Mapping | None = None) -> tuple[list[str], np.ndarra
     """
     curves = np.asarray(curves, np.float64)
     columns = _columns(extra, len(curves))
-    parts = {"value": curves, "first": np.diff(curves, axis=1), "second": np.diff(curves, 2, axis=1)}
+    with np.errstate(invalid="ignore"):  # inf - inf
+        parts = {"value": curves, "first": np.diff(curves, axis=1), "second": np.diff(curves, 2, axis=1)}
+        whole = [*parts.values(), curves.mean(axis=1), curves.std(axis=1), *columns.values()]
     names = [f"{name}_{i}" for name, part in parts.items() for i in range(part.shape[1])]
-    whole = [*parts.values(), curves.mean(axis=1), curves.std(axis=1), *columns.values()]
     return [*names, "mean", "std", *columns], np.column_stack(whole)
 
 
@@ -256,8 +257,14 @@ def _cross_validated(regressor, x: np.ndarray, y: np.ndarray) -> tuple[Any, np.n
     errors, folds = np.empty(len(y)), np.arange(len(y)) % min(_FOLDS, len(y))
     for fold in np.unique(folds):
         out = folds == fold
-        errors[out] = y[out] - copy.deepcopy(regressor).fit(x[~out], y[~out]).predict(x[out])
-    return copy.deepcopy(regressor).fit(x, y), errors
+        errors[out] = y[out] - _fitted_copy(regressor, x[~out], y[~out]).predict(x[out])
+    return _fitted_copy(regressor, x, y), errors
+
+
+def _fitted_copy(regressor, x: np.ndarray, y: np.ndarray):
+    own = copy.deepcopy(regressor)
+    own.fit(x, y)
+    return own
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bilevel import validation
-from bilevel.stopping.predictor import Predictor, predictor
+from bilevel.stopping.predictor import Predictor, _columns, predictor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +66,11 @@ def replay(
       after: steps of a run before it is judged; ``every``: steps until it is judged again.
       every: see ``after``.
       threshold: a run is stopped where its chance to beat the best is at most 1 - threshold.
-      regressor: as in `predictor`.
+      regressor: as in `predictor`. Random forests are slow here: whenever a run is finished there are several
+        fits for each length at which runs are judged.
 
     Raises:
-      TypeError, ValueError: as `predictor`, numbers out of range.
+      TypeError, ValueError: as `predictor`, curves that are not finite, numbers out of range.
 
     Example:
       >>> import bilevel, numpy as np
@@ -85,7 +86,9 @@ def replay(
         raise ValueError(
             f"curves must have shape (runs, T), at least finish = {finish} runs; {curves.shape}."
         )
-    total, columns = curves.shape[1], {k: np.asarray(v, np.float64) for k, v in (extra or {}).items()}
+    if not np.isfinite(curves).all():
+        raise ValueError("curves must be finite; leave out runs that are not.")
+    total, columns = curves.shape[1], _columns(extra, len(curves))
     done, steps, fitted = list(range(finish)), np.full(len(curves), total), None
     for i in range(finish, len(curves)):
         if fitted is None:
@@ -111,27 +114,21 @@ class StopMembers:
     best: float | None
     column: str
     extra: Mapping | Callable | None
-    seen: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
+    whole = True  # rows: the history from step 0, also of a run gone on with
 
     def __call__(self, step: int, rows: dict[str, np.ndarray]) -> np.ndarray | None:
-        if len(rows["step"]) and rows["step"][0] == 0:
-            self.seen = []  # another run
-        self.seen.append(rows)
-        curves, horizon = self._column(self.column), self.predictor.curves.shape[1]
+        curves, horizon = rows[self.column], self.predictor.curves.shape[1]
         if curves.ndim != 2:
             raise ValueError("stop_members is for a population; this is a single run.")
         if not self.after <= step < horizon:
             return None
         extra = self.extra
         if callable(extra):
-            extra = extra({name: self._column(name) for name in rows})
-        best = self.best
+            extra = extra(rows)
+        found, best = self.predictor.predict(curves.T, extra), self.best
         if best is None:
-            best = min(self.predictor.final.min(), np.nanmin(curves))
-        return self.predictor.predict(curves.T, extra).stop(best, self.threshold)
-
-    def _column(self, name: str) -> np.ndarray:
-        return np.concatenate([rows[name] for rows in self.seen])
+            best = np.fmin.reduce([self.predictor.final.min(), *found.value])
+        return found.stop(best, self.threshold)
 
 
 def stop_members(
@@ -154,8 +151,8 @@ def stop_members(
         many steps as the members are to take: ``history["value"].T`` of an earlier population.
       threshold: of eq. (2).
       after: outer steps before the first decision.
-      best: the value to beat; default: the lowest final value of the finished runs, or the lowest of any
-        member so far, if that is lower.
+      best: the value to beat; default: the lowest final value of the finished runs, or the lowest that is
+        predicted of any member, if that is lower.
       column: of the history, one value a step.
       extra: what ``finished`` was given, of the members, each of shape (members,); or a function of the
         history so far (columns of shape (steps, members)) that returns it.
@@ -176,8 +173,9 @@ def optuna_pruner(
 ):
     """A pruner for ``optuna.create_study(pruner=...)`` by eq. (2).
 
-    Finished trials are those that reported at all steps that this one has; their final values are what they
-    returned. Numeric parameters that all of them have are features, in logarithms where they are searched so.
+    Finished trials are those that reported at all steps that this one has, finite values only; their final
+    values are what they returned. Numeric parameters that all of them have are features, in logarithms where
+    they are searched so.
 
     Args:
       finish: trials before the first one is pruned.
@@ -187,13 +185,13 @@ def optuna_pruner(
       regressor: as in `predictor`.
 
     Raises:
-      ImportError: optuna is missing (``pip install 'bilevel[bench]'``); TypeError, ValueError: numbers out of
-        range.
+      ImportError: optuna is missing (``pip install 'bilevel[optuna]'``); TypeError, ValueError: numbers out
+        of range.
     """
     try:
         import optuna
     except ImportError as error:
-        raise ImportError("optuna_pruner needs optuna: pip install 'bilevel[bench]'.") from error
+        raise ImportError("optuna_pruner needs optuna: pip install 'bilevel[optuna]'.") from error
     when = _When(finish, after, every, threshold)
 
     class PredictionPruner(optuna.pruners.BasePruner):
@@ -209,6 +207,7 @@ def optuna_pruner(
                 t
                 for t in study.get_trials(deepcopy=False, states=states)
                 if t.intermediate_values.keys() >= {*steps}
+                and np.isfinite([t.value, *(t.intermediate_values[s] for s in steps)]).all()
             ]
             if len(done) < when.finish:
                 return False
