@@ -31,6 +31,7 @@ import numpy as np
 
 from bilevel import data, validation
 from bilevel.problem import Batch, HParams, Params
+from bilevel.trees import readable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class MixtureLoss:
     domain: str
 
     def __call__(self, params: Params, hparams: HParams, batch: Batch) -> jax.Array:
-        weights = hparams if self.name is None else hparams[self.name]
+        weights = jnp.asarray(hparams if self.name is None else hparams[self.name])
         if jnp.shape(weights) != (len(self.shares),):
             raise ValueError(
                 f"the mixture must have a weight for each of {len(self.shares)} domains, got shape "
@@ -55,8 +56,19 @@ class MixtureLoss:
                 f"row_loss must return one loss for each row, of shape {jnp.shape(domains)}, got "
                 f"{jnp.shape(losses)}."
             )
+        self._check_domains(domains)
         ratios = weights / jnp.asarray(self.shares, weights.dtype)
         return jnp.mean(ratios[domains].astype(losses.dtype) * losses)  # Eq. (1)
+
+    def _check_domains(self, domains) -> None:
+        """ValueError where domains can be read and one has no share; indexing would take another's."""
+        if readable(domains) and np.size(domains):
+            least, most = np.min(domains), np.max(domains)
+            if least < 0 or most >= len(self.shares):
+                raise ValueError(
+                    f"batch[{self.domain!r}] must be from 0 to {len(self.shares) - 1}, the domains that have "
+                    f"shares, got {least} to {most}."
+                )
 
 
 def loss(row_loss: Callable, shares, *, name: Any = "mixture", domain: str = "domain") -> MixtureLoss:
@@ -75,7 +87,7 @@ def loss(row_loss: Callable, shares, *, name: Any = "mixture", domain: str = "do
 
     Raises:
       TypeError, ValueError: no function, shares that are not positive or do not sum to one; when called,
-        weights or losses of another shape.
+        weights or losses of another shape, domains that can be read and are not below K.
 
     Example:
       >>> import bilevel, jax.numpy as jnp
@@ -135,7 +147,7 @@ def sample(key, proportions, domains, size: int) -> jax.Array:
     Args:
       key: PRNG key.
       proportions: shape (K,), on the simplex; may be traced. Those of a domain without rows are ignored.
-      domains: of all rows, shape (n,).
+      domains: of all rows, shape (n,). Rows of a domain of K or more are never drawn.
       size: rows to draw.
 
     Returns:
@@ -157,9 +169,14 @@ def sample(key, proportions, domains, size: int) -> jax.Array:
         raise ValueError(
             f"proportions and domains must be vectors, got shapes {proportions.shape} and {domains.shape}."
         )
+    proportions = proportions.astype(jnp.promote_types(proportions.dtype, jnp.float32))
     counts = jnp.bincount(domains, length=len(proportions))
-    each = proportions / jnp.maximum(counts, 1).astype(proportions.dtype)
-    return jax.random.choice(key, len(domains), (size,), p=each[domains])
+    # A domain, then one of its rows: a sum over all rows in float32 would favour some of them.
+    key_domain, key_row = jax.random.split(key)
+    usable = jnp.where(counts > 0, proportions, 0)
+    chosen = jax.random.choice(key_domain, len(proportions), (size,), p=usable)
+    place = jax.random.randint(key_row, (size,), 0, jnp.maximum(counts, 1)[chosen])
+    return jnp.argsort(domains)[(jnp.cumsum(counts) - counts)[chosen] + place]
 
 
 def _domains(arrays, num_domains: int, name: str) -> np.ndarray:

@@ -66,7 +66,8 @@ def uniform(members) -> Soup:
     Args:
       members: the `bilevel.Result` of a population; a list or tuple with params, or a `bilevel.Result` (whose
         params are taken), for each; or params with an axis of members in front of every array (no list or
-        tuple at the top). Members that diverged, or whose params are not finite, are left out with a warning.
+        plain tuple at the top). Members that diverged, or whose params are not finite, are left out with a
+        warning.
 
     Raises:
       TypeError, ValueError: no members, members of unlike trees, params that are not floating, none finite.
@@ -192,9 +193,11 @@ def _stacked(members) -> tuple[Params, list[int]]:
         if members.members is None:
             raise TypeError("members: this result is of a single run; give a list of results, or of params.")
         members, status = members.params, np.asarray(members.status)
-    elif isinstance(members, Sequence):
+    elif isinstance(members, Sequence) and not hasattr(members, "_fields"):  # a NamedTuple is a tree
         if not members:
             raise ValueError("members must hold at least one member, got none.")
+        if any(isinstance(m, Result) and m.members is not None for m in members):
+            raise TypeError("members: a list holds single runs; of a population take result.member(i).")
         status = np.array([m.status if isinstance(m, Result) else Status.RUNNING for m in members])
         members = _joined([m.params if isinstance(m, Result) else m for m in members])
     stack = validation.floating(members, "members", allow_python=False)
@@ -208,14 +211,18 @@ def _stacked(members) -> tuple[Params, list[int]]:
 
 
 def _joined(members: Sequence) -> Params:
-    first, like = members[0], jax.tree.map(jnp.shape, members[0])
+    first, like = members[0], _layout(members[0])
     for i, other in enumerate(members[1:], 1):
-        if jax.tree.map(jnp.shape, other) != like:
+        if _layout(other) != like:
             raise ValueError(
                 f"members must be trees alike: member 0 is {validation.describe(first)}, member {i} is "
                 f"{validation.describe(other)}."
             )
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *members)
+
+
+def _layout(tree) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _in_order(stack, status: np.ndarray | None) -> list[int]:
@@ -269,6 +276,7 @@ def _placed(weights: np.ndarray, places: Sequence[int], n: int) -> np.ndarray:
 
 def _measured(value: Callable, params) -> float:
     found = np.asarray(value(params))
-    if found.shape != () or found.dtype.kind not in "fiub":
+    real = jnp.issubdtype(found.dtype, jnp.floating) or found.dtype.kind in "iub"
+    if found.shape != () or not real:
         raise TypeError(f"value must return a real scalar, got {validation.describe(found)}.")
     return float(found)

@@ -116,7 +116,8 @@ def number(
     value = float(value)
     too_small = (positive and value <= 0) or (minimum is not None and value < minimum)
     if not np.isfinite(value) or too_small or (below is not None and value >= below):
-        wanted = "a positive number" if positive else f"a finite number of at least {minimum:g}"
+        least = "" if minimum in (None, -np.inf) else f" of at least {minimum:g}"
+        wanted = "a positive number" if positive else "a finite number" + least
         less = "" if below is None else f" and less than {below:g}"
         raise ValueError(f"{name} must be {wanted}{less}, got {value:g}.")
     return value

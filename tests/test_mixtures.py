@@ -99,6 +99,21 @@ def test_rows_are_drawn_in_proportion_and_evenly_within_a_domain():
     assert np.sum((counts - expected) ** 2 / expected) < 47 + 4 * 9.7
 
 
+def test_every_row_is_within_reach_and_none_of_a_domain_without_a_proportion():
+    """A sum over rows in float16 has 1024 steps at most; domain 2 is beyond the two proportions."""
+    domains = np.repeat([0, 2, 1], [2000, 1000, 2000])
+    half = np.array([0.5, 0.5], np.float16)
+    rows = np.asarray(mixtures.sample(jax.random.key(0), half, domains, 20000))
+    assert set(domains[rows]) == {0, 1}
+    # Of 4000 rows, 5 draws each on average leave 4000 exp(-5) = 27 out.
+    assert len(set(rows.tolist())) > 3900
+
+
+def test_weights_may_be_a_list():
+    w = RNG.normal(size=4)
+    np.testing.assert_allclose(MIXED(w, {"mixture": PI.tolist()}, TRAIN), by_hand(w, PI), rtol=1e-12)
+
+
 def test_strata_that_leave_rows_out_are_counted_as_they_are():
     whole = mixtures.shares(TRAIN, 3)
     np.testing.assert_allclose(whole, [30 / 48, 12 / 48, 6 / 48])
@@ -136,6 +151,11 @@ def test_float32_stays():
             lambda: mixtures.loss(valid_loss, PI)(np.zeros(4), {"mixture": PI}, TRAIN),
             ValueError,
             "one loss for each row",
+        ),
+        (
+            lambda: MIXED(np.zeros(4), {"mixture": PI}, TRAIN | {"domain": DOMAINS + 1}),
+            ValueError,
+            r"batch\['domain'\] must be from 0 to 2, .* got 1 to 3",
         ),
         (lambda: mixtures.sample(jax.random.key(0), 1.0, DOMAINS, 2), ValueError, "vectors"),
     ],

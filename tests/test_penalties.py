@@ -231,6 +231,17 @@ def test_its_expectation_is_over_the_models_own_labels():
     np.testing.assert_allclose(penalties.fisher_diagonal(linear, w, X[:2]), expected, rtol=1e-12)
 
 
+def test_it_is_summed_in_a_wide_dtype():
+    """300 ones: beyond 256 bfloat16 knows no odd numbers, and a sum of ones stays there."""
+    fisher = penalties.fisher_diagonal(
+        lambda w, x: x * w, jnp.ones((), jnp.bfloat16), jnp.ones(300, jnp.bfloat16), family="gaussian"
+    )
+    assert fisher.dtype == jnp.bfloat16
+    assert float(fisher) == 1.0
+    wide = penalties.ewc(np.ones(2, np.float32), 1.0, np.zeros(2, np.float32), np.ones(2))
+    assert wide.dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -239,6 +250,8 @@ def test_its_expectation_is_over_the_models_own_labels():
         ({"predict": lambda w, x: jnp.sum(x @ w)}, ValueError, "one leading axis of examples"),
         ({"labels": np.zeros((7, 4), int)}, ValueError, r"labels must have the shape \(7,\), got \(7, 4\)"),
         ({"labels": np.zeros(7)}, TypeError, "whole numbers"),
+        ({"labels": np.arange(7)}, ValueError, "from 0 to 3, the classes of predict, got 0 to 6"),
+        ({"labels": np.arange(7) % 3 - 1}, ValueError, "from 0 to 3, .* got -1 to 1"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"predict": 3}, TypeError, "predict must be a function"),
     ],
@@ -271,6 +284,23 @@ def test_distillation_at_high_temperatures_compares_logits():
     expected = np.mean(ROWS * np.sum(apart**2, 1) / 8)
     # The next term of the series is smaller by the logits, which are below 3, over T.
     np.testing.assert_allclose(penalties.distillation(LOGITS, ROWS, TEACHER, 1e4), expected, rtol=3e-4)
+
+
+def test_masked_classes_have_no_part_in_distillation():
+    mask = np.array([0.0, 0.0, 0.0, -np.inf])
+    fn = jax.jit(jax.value_and_grad(penalties.distillation, (0, 2, 3)))
+    value, slopes = fn(LOGITS + mask, 1.0, TEACHER + mask, 2.0)
+    expected, without = fn(LOGITS[:, :3], 1.0, TEACHER[:, :3], 2.0)
+    np.testing.assert_allclose(value, expected, rtol=1e-13)
+    for slope, other in zip(slopes[:2], without[:2], strict=True):
+        np.testing.assert_allclose(slope[:, :3], other, rtol=1e-12)
+        np.testing.assert_array_equal(slope[:, 3], 0)
+    np.testing.assert_allclose(slopes[2], without[2], rtol=1e-12)
+    # A class that the teacher alone has masked is there to be avoided: only the student's slope knows it.
+    one_sided = penalties.distillation(LOGITS, 1.0, TEACHER + mask)
+    q = np.exp(TEACHER[:, :3]) / np.exp(TEACHER[:, :3]).sum(1, keepdims=True)
+    p = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
+    np.testing.assert_allclose(one_sided, np.mean(np.sum(q * np.log(q / p[:, :3]), 1)), rtol=1e-12)
 
 
 def test_wrong_uses_of_distillation_are_refused():
@@ -313,6 +343,24 @@ def test_targets_are_constant_to_the_innermost_derivative_only():
         penalties.early_learning(LOGITS, 1.0, np.zeros((9, 4)), 0.7)
 
 
+def test_early_learning_of_sure_predictions_in_short_floats():
+    """1 - 1e-4 is 1 in bfloat16 and 0.9999 in float16, where its distance from 1 is 2 % off."""
+    logits = np.array([[30.0, 0.0], [0.0, 30.0]])
+    expected, targets = penalties.early_learning(logits, 2.0, np.eye(2), 0.7)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        short, new = penalties.early_learning(
+            jnp.asarray(logits, dtype), 2.0, jnp.asarray(np.eye(2), dtype), 0.7
+        )
+        assert short.dtype == new.dtype == dtype
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(float(short), expected, rtol=eps)
+        np.testing.assert_allclose(new.astype(float), targets, rtol=eps)
+    slope = jax.grad(lambda z: penalties.early_learning(z, 1.0, jnp.eye(2, dtype=z.dtype), 0.7)[0])
+    assert np.isfinite(slope(jnp.asarray([[3.0, 0.0], [0.0, 3.0]], jnp.bfloat16)).astype(float)).all()
+    with pytest.raises(TypeError, match="targets must be floating"):
+        penalties.early_learning(logits, 2.0, np.eye(2, dtype=int), 0.7)
+
+
 # --- Slopes ------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +380,15 @@ def test_gradient_norm_is_right_and_flat_at_zero():
     assert jax.tree.all(jax.tree.map(lambda v: np.all(np.asarray(v) == 0), at_zero))
     with pytest.raises(ValueError, match="strength must be a scalar"):
         penalties.gradient_norm(w, np.ones(2), bowl, x)
+
+
+def test_gradient_norm_of_tiny_and_huge_slopes():
+    for size in (1e-25, 1e25):
+        w = np.float32(size) * np.float32([3.0, 4.0])
+        value, slope = jax.value_and_grad(penalties.gradient_norm)(w, 2.0, bowl, np.ones(1, np.float32))
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, 10 * size, rtol=1e-6)
+        np.testing.assert_allclose(slope, [1.2, 1.6], rtol=1e-6)
 
 
 def miss(w, hparams, batch):
@@ -410,6 +467,12 @@ def test_laplacian_is_the_trace():
         laplacian(VALUES, 0.7, graph), laplacian(VALUES, 0.7, dense(graph)), rtol=1e-12
     )
     np.testing.assert_allclose(laplacian(VALUES[:, 0], 1.0, graph), laplacian(VALUES[:, :1], 1.0, graph))
+
+
+def test_no_product_of_a_laplacian_is_short():
+    made = str(jax.make_jaxpr(penalties.laplacian)(VALUES, 1.0, np.ones((6, 6))))
+    products = made.count("dot_general")
+    assert products == made.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
 
 
 def test_nearest_has_normalised_weights_of_the_nearest_others():

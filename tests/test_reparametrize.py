@@ -344,6 +344,27 @@ def test_a_and_b_are_learned_with_the_weights():
     assert jax.tree.all(jax.tree.map(lambda g: bool(np.all(g != 0)), slopes))
 
 
+@pytest.mark.parametrize("name", ["arctan", "tanh", "softsign"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bounds_hold_where_curves_are_saturated(name, dtype):
+    curve = CURVES[name]
+    for a in (1.0, 1.3, 1.9):
+        bounded = maps.compander(curve, a)
+        w = bounded(jnp.asarray([-1e30, 10.0, 1e30], dtype), None)
+        assert w.dtype == dtype
+        assert np.abs(np.asarray(w, float)).max() < a * curve.bound
+        back = bounded.inverse(w, None).astype(float)
+        assert np.isfinite(back).all()
+        assert np.array_equal(np.sign(back), [-1, 1, 1])
+
+
+def test_inverse_takes_numbers():
+    for learned in (True, False):
+        bounded = maps.compander(maps.tanh(), 2.0, learned=learned)
+        made = bounded(bounded.inverse({"w": 0.5}, None), None)
+        np.testing.assert_allclose(made["w"], 0.5, rtol=1e-12)
+
+
 def test_settings_of_companders_are_checked():
     with pytest.raises(TypeError, match="curve must be .* got 'tanh'"):
         maps.compander("tanh")
@@ -374,6 +395,8 @@ def test_masks_are_steps_and_gradients_pass_straight_through():
     np.testing.assert_array_equal(masked(m, None)["a"], [3.0, 0.0, 0.0])
     slope = jax.grad(lambda m: jnp.sum(masked(m, None)["a"] ** 2))(m)
     np.testing.assert_array_equal(slope["a"], 2 * np.array([9.0, 0.0, 0.0]))  # 2 w theta
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        maps.masks(theta, temperature=lambda h: h)(m, 0.0)
     with pytest.raises(ValueError, match=r"free\['a'\] must have the shape \(3,\) of base\['a'\]"):
         masked({"a": np.ones(2)}, None)
 
@@ -408,6 +431,8 @@ def test_gradient_dropout_keeps_what_the_teacher_confirms():
     assert np.all(out[:, 2] == 0)
     with pytest.raises(ValueError, match="teacher_grads must have the structure of grads"):
         maps.gradient_dropout({"w": g}, {"v": h}, 1.0, keys[0])
+    with pytest.raises(ValueError, match=r"level must be from 0 to 1, got 1\.5"):
+        maps.gradient_dropout(g, h, 1.5, keys[0])
     with pytest.raises(TypeError, match="key must be one PRNG key"):
         maps.gradient_dropout(g, h, 1.0, 0)
 
@@ -466,6 +491,24 @@ def test_only_matrices_of_a_larger_rank_are_factored():
     np.testing.assert_array_equal(maps.refactorise(free)["bias"], params["bias"])
     with pytest.raises(ValueError, match="free must hold bilevel.maps.Factors"):
         maps.refactorise(params)
+
+
+def test_factors_of_short_floats_are_made_in_wider_ones():
+    short = jnp.asarray(np.diag([4.0, 1.0, 0.25]), jnp.bfloat16)
+    free = maps.low_rank(2).init(short)
+    for pair in (free, maps.refactorise(free)):
+        assert pair.left.dtype == pair.right.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            pair.product().astype(float), np.diag([4.0, 1.0, 0.0]), atol=4 * float(jnp.finfo(short.dtype).eps)
+        )
+
+
+def test_factors_of_more_than_full_rank_become_as_few_as_needed():
+    wide = maps.Factors(RNG.standard_normal((3, 4)), RNG.standard_normal((4, 5)))
+    again = maps.refactorise(wide)
+    assert (again.left.shape, again.right.shape) == ((3, 3), (3, 5))
+    np.testing.assert_allclose(again.product(), wide.product(), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(again.left.T @ again.left, again.right @ again.right.T, atol=1e-12)
 
 
 # --- Momentum, begun anew ----------------------------------------------------------------------------------

@@ -42,6 +42,24 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert all(81 <= hits <= 99 for hits in inside.values()), inside
 
 
+def test_a_bootstrap_knows_how_little_is_known_of_the_noise():
+    """Of linear least squares its variance is that of Student's t: (n - 3) / (n - 5) of the normal one."""
+    y = CURVE + 1e-4 * np.random.default_rng(3).normal(size=12)
+    fit = scaling.fit(X, y, loss="squared", lowest=-np.inf, bootstrap=4000)
+    power = X**-fit.exponent
+    jacobian = np.stack([np.ones(12), power, -fit.amplitude * np.log(X) * power], 1)
+    normal = fit.residual**2 * np.diag(np.linalg.inv(jacobian.T @ jacobian))
+    # The excess kurtosis of t with 9 degrees of freedom is 1.2: five standard errors of a variance.
+    error = 5 * np.sqrt(3.2 / 4000)
+    np.testing.assert_allclose(fit.draws.var(0) / normal, 9 / 7, rtol=error)
+
+
+def test_an_exponent_at_the_end_of_the_range_is_told():
+    with pytest.warns(RuntimeWarning, match=r"end of the range searched, 0\.01 to 10"):
+        fit = scaling.fit(X[:5], 5 - np.log(X[:5]), loss="squared", lowest=-np.inf, bootstrap=1)
+    np.testing.assert_allclose(fit.exponent, 0.01, rtol=1e-4)
+
+
 def test_intervals_in_logarithms_hold_the_truth_too():
     y = CURVE * np.exp(0.004 * np.random.default_rng(0).normal(size=12))
     for loss in ("log", "huber"):
@@ -118,6 +136,12 @@ def test_three_points_are_fitted_and_say_nothing_of_the_noise():
         ([1.0, 2.0, 3.0], [2.0, 2.0, 2.0], {}, "does not fall"),
         ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], {"loss": "l1"}, "loss must be"),
         ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], {"lowest": -1.0}, "lowest"),
+        (
+            [1.0, 2.0, 3.0],
+            [3.0, 2.0, 1.0],
+            {"lowest": np.nan, "loss": "squared"},
+            "lowest must be a finite number, got nan",
+        ),
     ],
 )
 def test_bad_points(x, y, settings, part):
@@ -176,6 +200,15 @@ def test_a_prior_samples_and_penalises_as_the_normal_of_the_logarithm():
     np.testing.assert_allclose(slope["lr"] * one_up["lr"], 1 / 0.5, rtol=1e-12)  # by the logarithm
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.array, jnp.array])
+def test_a_width_is_any_kind_of_number(kind):
+    prior = scaling.log_normal({"lr": 1e-3, "l2": 1.0}, kind(0.25))
+    assert [float(sd) for sd in prior.sd.values()] == [0.25, 0.25]
+    by_name = scaling.log_normal({"lr": 1e-3, "l2": 1.0}, {"l2": kind(0.25)})
+    assert float(by_name.sd["l2"]) == 0.25
+    assert len({prior, by_name}) == 2  # no comparison by value of what holds arrays
+
+
 def test_a_prior_starts_and_bounds_a_population():
     """A flat validation loss: with the penalty the hyperparameter goes to the median of its prior."""
     prior = scaling.log_normal({"lr": np.float32(0.01)}, sd=1.0)
@@ -198,6 +231,7 @@ def test_a_prior_starts_and_bounds_a_population():
         ({"lr": -1.0}, 1.0, ValueError, "median must be positive"),
         ({"lr": 1}, 1.0, TypeError, "floating"),
         ({"lr": 1.0}, 0.0, ValueError, "sd must be"),
+        ({"lr": 1.0}, np.ones(1), TypeError, "sd must be a number"),
         ({"lr": 1.0}, {"rate": 1.0}, ValueError, "names \\['rate'\\]"),
         ({"lr": np.inf}, 1.0, ValueError, "finite"),
     ],

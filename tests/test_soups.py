@@ -1,5 +1,8 @@
 """Averages of members: exact where closed forms say so, never worse than the best where that is promised."""
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +41,27 @@ def test_it_is_traceable():
     np.testing.assert_allclose(several["w"][0], STACK["w"].mean(0), rtol=1e-15)
 
 
+class Pair(NamedTuple):
+    w: np.ndarray
+    b: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(eq=False)
+class Unequal:
+    w: np.ndarray
+
+
+def test_any_tree_is_a_member():
+    """A NamedTuple of stacks is one, no list of members; trees alike need not be equal."""
+    stack = soups.uniform(Pair(STACK["w"], STACK["b"]))
+    apart = soups.uniform([Pair(**one) for one in APART])
+    for soup in (stack, apart):
+        np.testing.assert_allclose(soup.params.w, STACK["w"].mean(0), rtol=1e-15)
+    soup = soups.uniform([Unequal(one["w"]) for one in APART])
+    np.testing.assert_allclose(soup.params.w, STACK["w"].mean(0), rtol=1e-15)
+
+
 # --- Greedy ----------------------------------------------------------------------------------------------
 
 
@@ -61,6 +85,8 @@ def test_greedy_is_never_below_its_best_member(points, seed):
 def test_greedy_adds_what_helps_and_nothing_else():
     soup = soups.greedy(np.array([3.0, 0.5, -1.0, 100.0]), lambda x: abs(float(x)))
     assert (soup.members, soup.value) == ((1, 2), 0.25)  # with 3 it would be 5/6
+    short = soups.greedy(np.array([3.0, 0.5, -1.0]), lambda x: jnp.abs(x).astype(jnp.bfloat16))
+    assert (short.members, short.value) == ((1, 2), 0.25)
 
 
 def test_greedy_passes_by_values_that_are_not_finite():
@@ -141,6 +167,11 @@ def test_results_are_members_too(population, tmp_path):
     results = [bilevel.load(tmp_path / "run.npz"), population.member(1)]
     soup = soups.uniform(results)
     np.testing.assert_allclose(soup.params, population.params[:2].mean(), rtol=1e-12)
+
+
+def test_a_population_is_no_member_of_a_list(population):
+    with pytest.raises(TypeError, match=r"take result\.member\(i\)"):
+        soups.uniform([population, population])
 
 
 def test_members_that_are_not_finite_are_left_out_of_every_soup():

@@ -121,15 +121,27 @@ class Compander:
     def __call__(self, free, hparams) -> Params:
         """Eq. (1)."""
         v, pairs = self._laid_out(free, hparams)
-        leaves = [(a * self.curve.fn(x / b)).astype(x.dtype) for x, a, b in pairs]
+        leaves = [(a * self._inside(self.curve.fn(x / b), x.dtype)).astype(x.dtype) for x, a, b in pairs]
         return jax.tree.unflatten(jax.tree.structure(v), leaves)
+
+    def _inside(self, s, dtype):
+        """Values of the curve, within its bound after rounding too, with derivatives as they are.
+
+        In float32 tanh(10) is 1. Two units in the last place cover a product with a and a quotient by it.
+        """
+        if not math.isfinite(self.curve.bound):
+            return s
+        limit = self.curve.bound * (1 - 2 * float(jnp.finfo(dtype).eps))
+        return s + jax.lax.stop_gradient(jnp.clip(s, -limit, limit) - s)
 
     def inverse(self, params: Params, hparams):
         """What stands for given weights, such as those of a trained network.
 
         Raises:
-          ValueError: a weight that can be read and is not within the bound; nan where it cannot be read.
+          TypeError: a weight that is not floating; ValueError: one that can be read and is not within the
+            bound; nan where it cannot be read.
         """
+        params = validation.floating(params, "params")
         free = params
         if self.learned:
             one = [jax.tree.map(lambda x, s=s: jnp.full((), math.log(s), x.dtype), params) for s in self.ends]

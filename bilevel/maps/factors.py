@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from bilevel import validation
 from bilevel.problem import Params
+from bilevel.vectors import cast, widened
 
 
 class Factors(NamedTuple):
@@ -47,8 +48,8 @@ class LowRank:
         def leaf(x):
             if x.ndim != 2 or min(x.shape) <= self.rank:
                 return x
-            u, s, v = jnp.linalg.svd(x, full_matrices=False)
-            return _balanced(u[:, : self.rank], s[: self.rank], v[: self.rank])
+            u, s, v = jnp.linalg.svd(widened(x), full_matrices=False)
+            return cast(_balanced(u[:, : self.rank], s[: self.rank], v[: self.rank]), Factors(x, x))
 
         return jax.tree.map(leaf, validation.floating(params, "params"))
 
@@ -88,7 +89,7 @@ def refactorise(free: Params) -> Params:
     """The balanced factors of the same matrices, for every pair of `Factors` in a tree.
 
     Their optimiser's momentum is that of other coordinates, see `bilevel.momentum_reset`. Cost:
-    O((m + n) r^2) for each pair.
+    O((m + n) r^2) for each pair. Where r is larger than m or n it becomes min(m, n).
 
     Raises:
       ValueError: there are none.
@@ -109,10 +110,11 @@ def refactorise(free: Params) -> Params:
     def leaf(x):
         if not _is_pair(x):
             return x
-        q_left, r_left = jnp.linalg.qr(x.left)
-        q_right, r_right = jnp.linalg.qr(x.right.T)
-        u, s, v = jnp.linalg.svd(r_left @ r_right.T)
-        return _balanced(q_left @ u, s, v @ q_right.T)
+        left, right = widened(x)
+        q_left, r_left = jnp.linalg.qr(left)
+        q_right, r_right = jnp.linalg.qr(right.T)
+        u, s, v = jnp.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        return cast(_balanced(q_left @ u, s, v @ q_right.T), x)
 
     return jax.tree.map(leaf, free, is_leaf=_is_pair)
 

@@ -32,6 +32,7 @@ from bilevel import validation
 from bilevel.maps.values import at, base_at, given_params, like, positive, shown
 from bilevel.penalties.strengths import same_tree, scalar
 from bilevel.problem import Params
+from bilevel.trees import readable
 
 
 @jax.custom_jvp
@@ -60,7 +61,7 @@ class Masks:
         """Eq. (1).
 
         Raises:
-          ValueError: free is not like the base.
+          ValueError: free is not like the base; a temperature that can be read and is not positive.
         """
         base = base_at(self.base, hparams)
         threshold = jnp.asarray(at(self.threshold, hparams))
@@ -70,7 +71,7 @@ class Masks:
             threshold = jax.lax.stop_gradient(threshold)  # nothing passes straight through to it
             on = [_step(m - threshold) for m in numbers]
         else:
-            temperature = scalar("temperature", at(self.temperature, hparams))
+            temperature = scalar("temperature", at(self.temperature, hparams), positive=True)
             on = [jax.nn.sigmoid((m - threshold) / temperature) for m in numbers]
         masked = [(m * w).astype(w.dtype) for m, w in zip(on, weights, strict=True)]
         return jax.tree.unflatten(treedef, masked)
@@ -129,7 +130,8 @@ def gradient_dropout(grads, teacher_grads, level, key) -> Params:
       Like grads.
 
     Raises:
-      TypeError, ValueError: trees that are not alike, a level that is no scalar, a key that is none.
+      TypeError, ValueError: trees that are not alike, a level that is no scalar, or can be read and is not
+        from 0 to 1, a key that is none.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -139,6 +141,8 @@ def gradient_dropout(grads, teacher_grads, level, key) -> Params:
     """
     key = validation.random_key("key", key)
     level = scalar("level", level)
+    if readable(level) and not 0 <= float(level) <= 1:
+        raise ValueError(f"level must be from 0 to 1, got {float(level):g}.")
     teachers = same_tree("teacher_grads", teacher_grads, grads, "grads")
     leaves, treedef = jax.tree.flatten(validation.floating(grads, "grads"))
     keys = jax.random.split(key, len(leaves))

@@ -22,7 +22,8 @@ def distillation(logits, strengths, teacher_logits, temperature=1.0) -> jax.Arra
     logits of these, on data of new ones: ``distillation(logits[:, :old], s, teacher_logits)``.
 
     Args:
-      logits: shape (..., classes).
+      logits: shape (..., classes); -inf for classes that are masked, where the teacher has -inf too: the
+        divergence is infinite otherwise.
       strengths: a scalar, or one for each example, of the shape of leading axes of logits.
       teacher_logits: like logits.
       temperature: T, a positive scalar.
@@ -48,7 +49,14 @@ def distillation(logits, strengths, teacher_logits, temperature=1.0) -> jax.Arra
             "logits[..., :classes]."
         )
     temperature = scalar("temperature", temperature, positive=True)
-    student, teacher = (jax.nn.log_softmax(z / temperature) for z in (logits, teacher_logits))
-    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), -1)
+    student, teacher = (jax.nn.log_softmax(_divided(z, temperature)) for z in (logits, teacher_logits))
+    chance = jnp.exp(teacher)
+    divergence = jnp.sum(chance * jnp.where(chance > 0, teacher - student, 0), -1)
     weights = strength_of("strengths", strengths, divergence, "logits without classes")
     return jnp.mean(weights * jnp.square(temperature) * divergence)
+
+
+def _divided(logits, temperature):
+    """``logits / temperature``, with derivatives that are finite where logits are -inf."""
+    masked = jnp.isneginf(logits)
+    return jnp.where(masked, -jnp.inf, jnp.where(masked, 0, logits) / temperature)

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 from bilevel import validation
 from bilevel.penalties.strengths import laid_out, same_tree, total
 from bilevel.problem import PyTree, callable_of
+from bilevel.trees import readable
+from bilevel.vectors import cast, widened
 
 _FAMILIES = "categorical", "bernoulli", "gaussian"
 
@@ -56,7 +58,7 @@ def ewc(params, strengths, start, fisher) -> jax.Array:
     pairs = laid_out(params, strengths)
     starts, weights = (same_tree(*at, params) for at in (("start", start), ("fisher", fisher)))
     return total(
-        jnp.sum(s * f * jnp.square(w - jnp.asarray(w0, w.dtype))) / 2
+        jnp.sum(s * jnp.asarray(f, w.dtype) * jnp.square(w - jnp.asarray(w0, w.dtype))) / 2
         for (w, s), w0, f in zip(pairs, starts, weights, strict=True)
     )
 
@@ -78,10 +80,11 @@ def fisher_diagonal(
       batch_size: examples at once. Memory: ``batch_size`` times outputs of an example times params.
 
     Returns:
-      Like params.
+      Like params; summed up in float32 at least.
 
     Raises:
-      TypeError, ValueError: an unknown family, outputs or labels of another shape.
+      TypeError, ValueError: an unknown family, outputs or labels of another shape, labels that can be read
+        and are no classes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,7 +106,7 @@ def fisher_diagonal(
         x, y = jax.tree.map(lambda a: a[row][None], (inputs, labels))
         z, pull = jax.vjp(lambda p: predict(p, x)[0], params)
         scores = _expected(z, family) if y is None else _observed(z, y[0], family)
-        pulled = jax.vmap(lambda g: pull(g)[0])(scores)
+        pulled = widened(jax.vmap(lambda g: pull(g)[0])(scores))
         return jax.tree.map(lambda g: jnp.sum(jnp.square(g), 0), pulled)
 
     def add(sums, rows):
@@ -113,8 +116,8 @@ def fisher_diagonal(
         return jax.tree.map(lambda s, m: s + jnp.tensordot(counted.astype(m.dtype), m, 1), sums, more), None
 
     rows = jnp.arange(-(-count // size) * size).reshape(-1, size)
-    sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), rows)
-    return jax.tree.map(lambda s: s / count, sums)
+    sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, widened(params)), rows)
+    return cast(jax.tree.map(lambda s: s / count, sums), params)
 
 
 def _expected(z, family: str):
@@ -153,4 +156,10 @@ def _examples(predict, params, inputs, labels, family: str) -> int:
         raise ValueError(f"labels must have the shape {wanted}, got {labels.shape}.")
     if labels is not None and family == "categorical" and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be whole numbers, got dtype {labels.dtype}.")
+    if labels is not None and family == "categorical" and readable(labels):
+        least, most = int(labels.min()), int(labels.max())
+        if least < 0 or most >= out.shape[1]:
+            raise ValueError(
+                f"labels must be from 0 to {out.shape[1] - 1}, the classes of predict, got {least} to {most}."
+            )
     return out.shape[0]

@@ -25,6 +25,9 @@ import jax.numpy as jnp
 from bilevel import validation
 from bilevel.penalties.strengths import scalar
 
+# Differences of large sums: short products, the default of some devices, would leave nothing of them.
+_EXACT = jax.lax.Precision.HIGHEST
+
 
 class Neighbours(NamedTuple):
     """Weights of a sparse graph: ``weights[i, a]`` is W_ij, ``j = indices[i, a]``; both have shape (n, k)."""
@@ -39,7 +42,9 @@ def laplacian(values, strength, weights) -> jax.Array:
     Args:
       values: r, shape (n,) or (n, ...).
       strength: s, a scalar.
-      weights: W, an array of shape (n, n), or `Neighbours`; it need not be symmetric.
+      weights: W, an array of shape (n, n), or `Neighbours`; it need not be symmetric. An array costs digits
+        where neighbours differ little, as the penalty is then a small difference of large sums; `Neighbours`
+        sum squares of differences, and nothing cancels.
 
     Returns:
       A scalar.
@@ -71,7 +76,9 @@ def laplacian(values, strength, weights) -> jax.Array:
     # Differences do not change with the mean, and rounding is less without it.
     values = values - jnp.mean(values, 0, keepdims=True)
     degrees = jnp.sum(matrix, 0) + jnp.sum(matrix, 1)
-    return strength * (degrees @ jnp.sum(jnp.square(values), 1) / 2 - jnp.vdot(values, matrix @ values))
+    own = jnp.vdot(degrees, jnp.sum(jnp.square(values), 1), precision=_EXACT) / 2
+    others = jnp.vdot(values, jnp.matmul(matrix, values, precision=_EXACT), precision=_EXACT)
+    return strength * (own - others)
 
 
 def nearest(x, k: int, width) -> Neighbours:
@@ -111,7 +118,7 @@ def nearest(x, k: int, width) -> Neighbours:
 def _nearest(x, k: int) -> jax.Array:
     """Indices of the k nearest others of each row."""
     x = x - jnp.mean(x, 0, keepdims=True)
-    products = jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
+    products = jnp.matmul(x, x.T, precision=_EXACT)
     sizes = jnp.diagonal(products)
     squares = sizes[:, None] + sizes[None, :] - 2 * products
     others = ~jnp.eye(len(x), dtype=bool)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bilevel import validation
 from bilevel.penalties.strengths import scalar, strength_of
 
 
@@ -47,8 +48,9 @@ def early_learning(logits, strength, targets, momentum) -> tuple[jax.Array, jax.
     """Eq. (1), and the targets (2) for the next time that these examples come.
 
     Targets are model state: a problem has ``has_state=True``, and an estimator differentiates through the
-    trajectory (`bilevel.unrolled`, `bilevel.forward`); implicit ones hold them constant. With minibatches,
-    and ``"i": jnp.arange(n)`` among the arrays::
+    trajectory (`bilevel.unrolled`, `bilevel.forward`). Implicit ones are approximate: they take the old
+    targets alone for constants, and as the new ones are `held`, the system that they solve is not symmetric.
+    With minibatches, and ``"i": jnp.arange(n)`` among the arrays::
 
         def train_loss(params, hparams, batch, targets):
             logits, i = predict(params, batch["x"]), batch["i"]
@@ -62,12 +64,14 @@ def early_learning(logits, strength, targets, momentum) -> tuple[jax.Array, jax.
       momentum: m, a scalar in [0, 1), or one for each example; 0.7 to 0.9 in the paper.
 
     Returns:
-      A scalar, and new targets.
+      A scalar in the dtype of logits, and new targets in that of targets. Both are computed in float32 at
+      least: 1 - 1e-4 is 1 in less.
 
     Raises:
-      TypeError, ValueError: another shape.
+      TypeError, ValueError: another shape, arrays that are not floating.
     """
-    logits, targets = jnp.asarray(logits), jnp.asarray(targets)
+    logits = jnp.asarray(validation.floating(logits, "logits"))
+    targets = jnp.asarray(validation.floating(targets, "targets"))
     if logits.ndim != 2 or logits.shape != targets.shape:
         raise ValueError(
             "logits and targets must have one shape (examples, classes), got "
@@ -75,7 +79,9 @@ def early_learning(logits, strength, targets, momentum) -> tuple[jax.Array, jax.
         )
     strength = scalar("strength", strength)
     momentum = strength_of("momentum", momentum, logits, "logits")
-    p = jnp.clip(jax.nn.softmax(logits), 1e-4, 1 - 1e-4)
-    new = momentum * targets + (1 - momentum) * p / jnp.sum(p, -1, keepdims=True)
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    p = jnp.clip(jax.nn.softmax(logits.astype(wide)), 1e-4, 1 - 1e-4)
+    new = momentum * targets.astype(wide) + (1 - momentum) * p / jnp.sum(p, -1, keepdims=True)
     agreement = jnp.sum(p * held(new), -1)
-    return strength * jnp.mean(jnp.log(1 - agreement)), new
+    penalty = strength * jnp.mean(jnp.log(1 - agreement))
+    return penalty.astype(logits.dtype), new.astype(targets.dtype)

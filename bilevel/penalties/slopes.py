@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from bilevel import validation
 from bilevel.penalties.strengths import scalar
 from bilevel.problem import callable_of
-from bilevel.vectors import vdot
+from bilevel.vectors import scaled, unit_of, vdot
 
 
 def gradient_norm(params, strength, surrogate: Callable, inputs) -> jax.Array:
@@ -54,10 +54,13 @@ def gradient_norm(params, strength, surrogate: Callable, inputs) -> jax.Array:
     callable_of("surrogate", surrogate, "(params, inputs) -> outputs")
     params = validation.floating(params, "params")
     slope = jax.grad(lambda p: jnp.mean(surrogate(p, inputs)))(params)
+    # In a unit near the largest entry, in which squares neither underflow nor overflow.
+    unit = jax.lax.stop_gradient(unit_of(slope))
+    slope = scaled(slope, 1 / unit)
     square = vdot(slope, slope)
     # The derivative of a root is not finite at zero, not even where it is left out.
     norm = jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
-    return scalar("strength", strength) * norm
+    return scalar("strength", strength) * (unit * norm).astype(square.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 
@@ -90,8 +91,10 @@ def fit(x, y, *, loss: str = "log", lowest: float = 0.0, bootstrap: int = 200, s
     """Fit eq. (1) to measured points.
 
     Intervals are percentiles of a bootstrap of the residuals, which are enlarged by ``sqrt(n / (n - 3))`` for
-    what three parameters take away. They know of noise that is alike at all points, and of nothing else: not
-    of a curve that is no power law beyond the points.
+    what three parameters take away; each sample has a size of noise of its own, ``sqrt((n - 3) / chi^2)`` of
+    the estimated one, as in Student's t. With fewer than 8 points they are still too narrow. They know of
+    noise that is alike at all points, and of nothing else: not of a curve that is no power law beyond the
+    points. Exponents are sought from 0.01 to 10, with a RuntimeWarning where the best is at an end.
 
     Args:
       x: scales, positive, shape (n,); at least three different ones.
@@ -119,13 +122,22 @@ def fit(x, y, *, loss: str = "log", lowest: float = 0.0, bootstrap: int = 200, s
     floor, amplitude, exponent = (p[0] for p in _fitted(x, y[None], loss, lowest))
     if amplitude <= 1e-9 * np.ptp(y):
         raise ValueError("y does not fall with x: no power law with a positive amplitude fits.")
+    if not 1.00001 * _EXPONENTS[0] < exponent < 0.99999 * _EXPONENTS[1]:
+        warnings.warn(
+            f"the exponent is at an end of the range searched, {_EXPONENTS[0]:g} to {_EXPONENTS[1]:g}: "
+            "the points are no power law with a floor, or do not tell which.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     model = floor + amplitude * x**-exponent
     residuals = y - model if loss == "squared" else np.log(y / model)
     draws, sd = np.zeros((0, 3)), float("nan")
     if len(x) > 3:
         residuals = residuals * np.sqrt(len(x) / (len(x) - 3))
         sd = float(np.sqrt(np.mean(residuals**2)))
-        drawn = np.random.default_rng(seed).choice(residuals - residuals.mean(), (bootstrap, len(x)))
+        rng = np.random.default_rng(seed)
+        drawn = rng.choice(residuals - residuals.mean(), (bootstrap, len(x)))
+        drawn *= np.sqrt((len(x) - 3) / rng.chisquare(len(x) - 3, (bootstrap, 1)))
         again = model + drawn if loss == "squared" else model * np.exp(drawn)
         draws = _natural(np.stack(_fitted(x, again, loss, lowest), axis=1), unit)
     floor, amplitude, exponent = _natural(np.array([[floor, amplitude, exponent]]), unit)[0]

@@ -22,18 +22,22 @@ _BATCH = {"factor": 0.58, "tokens": (0.571, 0.019)}
 _MIDDLE = {"params": math.sqrt(0.215e9 * 1.07e9), "tokens": math.sqrt(4e9 * 1e11)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LogNormal:
     """Independent log-normal priors over a tree of positive hyperparameters; see `log_normal`.
 
-    ``median``: natural units; ``sd``: of the natural logarithm, a tree alike.
+    ``median``: natural units; ``sd``: of the natural logarithm, a tree alike. Priors that were made by
+    different calls are not equal.
     """
 
     median: HParams
     sd: HParams
 
     def sample(self, key) -> HParams:
-        """One draw, traceable: for the ``sample`` of `bilevel.population`."""
+        """One draw, traceable.
+
+        A `bilevel.population` takes ``sample=lambda key: (params, prior.sample(key))``.
+        """
         leaves, treedef = jax.tree.flatten(self.median)
         keys = jax.random.split(key, len(leaves))
         drawn = [
@@ -96,12 +100,16 @@ def log_normal(median, sd) -> LogNormal:
     validation.finite(median, "median")
     if any((np.asarray(leaf) <= 0).any() for leaf in jax.tree.leaves(median)):
         raise ValueError(f"median must be positive, got {median!r:.120}.")
-    sds = spread(sd, median, math.log(2), lambda s: isinstance(s, (int, float)), "sd", "median")
-    sds = [validation.number("sd", one, positive=True) for one in sds]
+    sds = spread(sd, median, math.log(2), _is_setting, "sd", "median")
+    sds = [validation.number("sd", s.item() if getattr(s, "ndim", 1) == 0 else s, positive=True) for s in sds]
     leaves = [
         jnp.asarray(one, abstract(m).dtype) for one, m in zip(sds, jax.tree.leaves(median), strict=True)
     ]
     return LogNormal(median, jax.tree.unflatten(jax.tree.structure(median), leaves))
+
+
+def _is_setting(sd: Any) -> bool:
+    return sd is not None and jax.tree_util.all_leaves([sd])
 
 
 def step_law(params: float, tokens: float, sd: float = math.log(2) / 2) -> LogNormal:
