@@ -55,7 +55,8 @@ def save(out: Path, name: str, own: Paper, rows: Sequence[Any], evidence: Eviden
         raise ValueError(f"a verdict is one of {VERDICTS}, got {evidence.verdict!r}.")
     found = {
         "title": own.title, "source": own.source, "claim": own.claim, "unit": own.unit,
-        "verdict": evidence.verdict, "sentence": evidence.sentence, "rows": _table(rows),
+        "seeds": len({row.seed for row in rows}), "verdict": evidence.verdict,
+        "sentence": evidence.sentence, "rows": _table(rows),
     }  # fmt: skip
     (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     _draw(out / f"{name}.png", own, rows, evidence)
@@ -114,10 +115,9 @@ def page(out: Path, names: Sequence[str]) -> str:
         )
     for name, found in every.items():
         lines += ["", f"## {found['title'][0].upper()}{found['title'][1:]}", ""]
-        lines += [
-            f"{found['source']} (`benchmarks/problems/{name}.py`). {found['verdict'].capitalize()}:",
-            "",
-        ]
+        seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
+        verdict = found["verdict"].capitalize()
+        lines += [f"{found['source']} (`benchmarks/problems/{name}.py`), {seeds}. {verdict}:", ""]
         lines += ["> " + found["sentence"].replace("+-", "±"), ""]
         lines += [
             f"| | validation | test: {found['unit']} | wins | tried | CPU s |",

@@ -21,7 +21,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGE_NAMES = {
     *("README", "notation", "recipes", "adding_an_estimator", "choosing", "coming_from_jaxopt"),
     *("scaling", "checkpoints", "certificates", "stochastic", "online", "self_tuning", "fixed_points"),
-    *("schedules", "populations", "regularisers", "coming_from_optuna", "scikit_learn"),
+    *("schedules", "populations", "regularisers", "coming_from_optuna", "scikit_learn", "papers"),
 }
 END_OF_BLOCK = "-- end of block --"
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
