@@ -63,7 +63,8 @@ class MixtureLoss:
     def _check_domains(self, domains) -> None:
         """ValueError where domains can be read and one has no share; indexing would take another's."""
         if readable(domains) and np.size(domains):
-            least, most = np.min(domains), np.max(domains)
+            known = np.asarray(domains)  # of a jax.Array itself a minimum would be traced under jit
+            least, most = known.min(), known.max()
             if least < 0 or most >= len(self.shares):
                 raise ValueError(
                     f"batch[{self.domain!r}] must be from 0 to {len(self.shares) - 1}, the domains that have "

@@ -163,3 +163,14 @@ def test_float32_stays():
 def test_bad_input(call, error, part):
     with pytest.raises(error, match=part):
         call()
+
+
+def test_domains_that_are_constants_of_a_program_are_read():
+    """Under jit, where the minimum of a constant jax.Array would be traced."""
+    batch = {"x": jnp.arange(4.0), "domain": jnp.array([0, 1, 1, 0])}
+    fn = mixtures.loss(lambda w, h, b: w * b["x"], [0.5, 0.5])
+    value = jax.jit(lambda w: fn(w, {"mixture": jnp.array([0.25, 0.75])}, batch))(2.0)
+    np.testing.assert_allclose(value, np.mean([0.0, 1.5 * 2, 1.5 * 4, 0.5 * 6]))
+    wrong = batch | {"domain": jnp.array([0, 2, 1, 0])}
+    with pytest.raises(ValueError, match="must be from 0 to 1"):
+        jax.jit(lambda w: fn(w, {"mixture": jnp.array([0.5, 0.5])}, wrong))(1.0)

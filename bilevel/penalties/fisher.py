@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel import validation
 from bilevel.penalties.strengths import laid_out, same_tree, total
@@ -157,7 +158,8 @@ def _examples(predict, params, inputs, labels, family: str) -> int:
     if labels is not None and family == "categorical" and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be whole numbers, got dtype {labels.dtype}.")
     if labels is not None and family == "categorical" and readable(labels):
-        least, most = int(labels.min()), int(labels.max())
+        known = np.asarray(labels)  # of a jax.Array itself a minimum would be traced under jit
+        least, most = int(known.min()), int(known.max())
         if least < 0 or most >= out.shape[1]:
             raise ValueError(
                 f"labels must be from 0 to {out.shape[1] - 1}, the classes of predict, got {least} to {most}."
