@@ -107,7 +107,8 @@ def fastfood(base, dim: int, seed: int = 0, scales=None) -> Subspace:
     Example:
       >>> import jax.numpy as jnp
       >>> from bilevel import maps
-      >>> subspace = maps.fastfood({"kernel": jnp.ones((20, 10)), "bias": jnp.zeros(10)}, dim=8)
+      >>> base = {"kernel": jnp.ones((20, 10), jnp.float32), "bias": jnp.zeros(10, jnp.float32)}
+      >>> subspace = maps.fastfood(base, dim=8)
       >>> subspace
       fastfood({bias: float32[10], kernel: float32[20, 10]}, dim=8, seed=0)
       >>> subspace(subspace.init(), None)["bias"].shape
