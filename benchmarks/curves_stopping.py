@@ -32,7 +32,7 @@ import optax
 
 from benchmarks import search
 from benchmarks.measure import table
-from benchmarks.problems.training_run import pictures
+from benchmarks.problems.digits import pictures
 from bilevel.stopping import Replay, predictor, replay
 
 OUT = Path(__file__).parent / "results" / "papers"

@@ -1,6 +1,6 @@
 """Learning rates for each layer and window of a small language model, against one tuned constant rate.
 
-A transformer of 62,000 parameters (two blocks, causal attention, normalisation before each part) predicts the
+A transformer of 61,000 parameters (two blocks, causal attention, normalisation before each part) predicts the
 next character of `problems.prose`; 1,000 steps of SGD with momentum. Hyperparameters are the rates of four
 groups (embeddings, two blocks, readout) in ten windows, moved by Adam along `bilevel.unrolled`, from the
 best of a grid of constant rates. All are judged by the validation loss in runs with other starts and orders.

@@ -18,16 +18,13 @@ import dataclasses
 import functools
 import importlib
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
-import bilevel
 from benchmarks import papers_report, search
-from benchmarks.problems.paper import Answer, Arm, Case, Paper, Score
+from benchmarks.problems.paper import Answer, Arm, Case, Paper, key_of, scored, tuned
 from benchmarks.rows import save_lines
 
 OUT = Path(__file__).parent / "results" / "papers"
@@ -72,17 +69,6 @@ class Row:
 # --- Arms -------------------------------------------------------------------------------------------------
 
 
-def key_of(seed: int, use: int):
-    """0: of the gradient arm; 1: what searches are scored by; from 2 on: of the judges."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(7), seed), use)
-
-
-def scored(case: Case, hparams, key) -> Score:
-    """A training; nan scores are infinite."""
-    found = jax.device_get(case.judge(hparams, key))
-    return Score(*(float(np.nan_to_num(x, nan=np.inf)) for x in found))
-
-
 def default(case: Case, seconds: float, seed: int) -> Answer:
     del seconds, seed
     return Answer(case.hparams, 0)
@@ -95,16 +81,6 @@ def gradient(case: Case, seconds: float, seed: int) -> Answer:
     found = [result.hparams, result.best.hparams]
     values = [scored(case, hparams, key_of(seed, 1)).valid for hparams in found]
     return Answer(found[int(np.argmin(values))], len(result.history["value"]))
-
-
-def tuned(case: Case, seed: int, steps: int) -> bilevel.Result:
-    with warnings.catch_warnings():
-        # What a run is warned of is in its result.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return bilevel.optimize(
-            case.problem, case.params, case.hparams, case.train, case.valid, case.method, steps,
-            key=key_of(seed, 0), model_state=case.model_state, progress=False,
-        )  # fmt: skip
 
 
 def searched(propose: search.Propose, case: Case, seconds: float, seed: int) -> Answer:
@@ -159,14 +135,13 @@ def run(name: str, seeds: Sequence[int], out: Path, say: Callable[[str], object]
     """Rows, the evidence and a picture, into the folder."""
     own = paper(name)
     rows: list[Row] = []
-    cases, answers = [], []
+    cases, answers = {}, {}
     for seed in seeds:
-        cases.append(own.case(seed))
-        found, answer = run_seed(name, cases[-1], seed, arms_of(own))
+        cases[seed] = own.case(seed)
+        found, answers[seed] = run_seed(name, cases[seed], seed, arms_of(own))
         for row in found:
             say(f"  {row}")
         rows += found
-        answers.append(answer)
     evidence = own.evidence(cases, answers)
     save_lines(rows, out / f"{name}.jsonl")
     papers_report.save(out, name, own, rows, evidence)

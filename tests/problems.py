@@ -258,3 +258,14 @@ def central_difference(fn, x, direction, step):
     near = fn(x + step * direction) - fn(x - step * direction)
     far = fn(x + 2 * step * direction) - fn(x - 2 * step * direction)
     return (8 * near - far) / (12 * step)
+
+
+def agrees(estimate, hparams, step: float = 1e-4, rtol: float = 1e-6) -> None:
+    """Assert that a hypergradient agrees with differences of its value, along a direction, in float64.
+
+    ``estimate``: of hparams, with ``value`` and ``grad``.
+    """
+    flat, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), hparams))
+    along = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype))
+    expected = central_difference(lambda x: estimate(unravel(x)).value, flat, along, step)
+    np.testing.assert_allclose(ravel_pytree(estimate(unravel(flat)).grad)[0] @ along, expected, rtol=rtol)

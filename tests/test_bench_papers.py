@@ -48,7 +48,7 @@ def toy(verdict: str) -> Paper:
 
 
 def evidence(verdict, answers) -> Evidence:
-    found = [float(own["hypergradient"].hparams["l2"]) for own in answers]
+    found = [float(own["hypergradient"].hparams["l2"]) for own in answers.values()]
     return Evidence(verdict, f"l2 is {found[0]:.2f}", lambda ax: ax.plot(found))
 
 
@@ -75,7 +75,7 @@ def test_a_report_shows_rows_verdict_and_picture(tmp_path, capsys):
         for seed in (0, 1)
         for arm, valid in (("hypergradient", 0.1), ("random", 0.2 - 0.15 * seed))
     ]
-    answers = [{"hypergradient": Answer({"l2": 1.0}, 3)}]
+    answers = {0: {"hypergradient": Answer({"l2": 1.0}, 3)}}
     papers_report.save(tmp_path, "toy", toy("holds"), rows, evidence("holds", answers))
     papers_report.show(tmp_path, ["toy"])
     shown = capsys.readouterr().out

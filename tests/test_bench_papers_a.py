@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
+from problems import agrees
 
 import bilevel
 from benchmarks.problems import (
@@ -18,17 +18,6 @@ from benchmarks.problems import (
     repeated_data,
     tuning_free,
 )
-
-
-def agrees(estimate, hparams, step: float = 1e-4, rtol: float = 1e-6):
-    """A hypergradient with central differences of its value along a direction."""
-    flat, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), hparams))
-    along = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype))
-    value = [estimate(unravel(flat + s * step * along)).value for s in (-2, -1, 1, 2)]
-    difference = (8 * (value[2] - value[1]) - (value[3] - value[0])) / (12 * step)
-    found = ravel_pytree(estimate(unravel(flat)).grad)[0] @ along
-    np.testing.assert_allclose(found, difference, rtol=rtol)
-
 
 # --- Repeated data ----------------------------------------------------------------------------------------
 

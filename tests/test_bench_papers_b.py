@@ -4,22 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
+from problems import agrees
 
 import bilevel
 from benchmarks import curves_stopping, fidelities
 from benchmarks.problems import curriculum, data_mixture, hyperfitting, novel_classes
-
-
-def agrees(estimate, hparams, step: float = 1e-4, rtol: float = 1e-6):
-    """A hypergradient with central differences of its value along a direction."""
-    flat, unravel = ravel_pytree(jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), hparams))
-    along = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype))
-    value = [estimate(unravel(flat + s * step * along)).value for s in (-2, -1, 1, 2)]
-    difference = (8 * (value[2] - value[1]) - (value[3] - value[0])) / (12 * step)
-    found = ravel_pytree(estimate(unravel(flat)).grad)[0] @ along
-    np.testing.assert_allclose(found, difference, rtol=rtol)
-
 
 # --- Stopped curves ---------------------------------------------------------------------------------------
 

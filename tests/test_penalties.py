@@ -162,6 +162,8 @@ def test_forgetting_is_that_of_recurrent_hypernetworks():
 
     before, now, expected = outputs()
     assert expected > 0.01
+    by_hand = sum(np.sum((now[name] - before[name]) ** 2) for name in like) / 2
+    np.testing.assert_allclose(expected, by_hand, rtol=1e-12)
     np.testing.assert_allclose(penalties.forgetting(now, 0.3, before), 0.3 * expected, rtol=1e-12)
     weighted = penalties.forgetting(now, {"bias": np.array([1.0, 0.0])}, before)  # of the first task alone
     np.testing.assert_allclose(weighted, np.sum((now["bias"] - before["bias"])[0] ** 2) / 2, rtol=1e-12)

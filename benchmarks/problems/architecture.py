@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ import optax
 
 import bilevel
 from benchmarks import mcts
-from benchmarks.problems.paper import Answer, Case, Evidence, Paper, Score
-from benchmarks.problems.training_run import pictures
+from benchmarks.problems import digits
+from benchmarks.problems.paper import Answer, Case, Evidence, Paper, Score, key_of, scored, tuned
 
 LAYERS, UNITS, TRAIN, VALID, BATCH = 3, 64, 300, 600, 50
 WIDTHS, KINDS = (4, 8, 16, 32, 64), ("relu", "tanh", "sine")
@@ -71,18 +71,13 @@ def logits(params, hparams, x):
     return (h @ params["w"][-1] + params["b"][-1][None])[:, :10]
 
 
-def cross_entropy(made, hparams, batch):
-    del hparams
-    return optax.softmax_cross_entropy_with_integer_labels(made, batch["y"]).mean()
-
-
 def outer(params, hparams, batch):
-    return cross_entropy(logits(params, hparams, batch["x"]), hparams, batch)
+    return digits.cross_entropy(logits(params, hparams, batch["x"]), batch["y"])
 
 
 inner = bilevel.composite(
     predict=lambda params, hparams, batch: logits(params, hparams, batch["x"]),
-    loss=cross_entropy,
+    loss=lambda made, hparams, batch: digits.cross_entropy(made, batch["y"]),
     penalty=lambda params, hparams: jnp.sum(hparams["decay"] * jnp.sum(params["w"] ** 2, (1, 2))) / 2,
 )
 
@@ -97,12 +92,8 @@ METHOD = bilevel.alternating(
 )  # fmt: skip
 
 
-@functools.cache
 def split(seed: int):
-    x, y = pictures()
-    order = np.random.default_rng(seed).permutation(len(y))
-    cuts = np.split(order, [TRAIN, TRAIN + VALID])
-    return [{"x": jnp.asarray(x[i] / 16, jnp.float32), "y": jnp.asarray(y[i], jnp.int32)} for i in cuts]
+    return digits.split(seed, TRAIN, VALID)
 
 
 @jax.jit
@@ -166,8 +157,6 @@ def search(make_sampler, learn: bool):
     def arm(case: Case, seconds: float, seed: int) -> Answer:
         import optuna
 
-        from benchmarks import papers
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=make_sampler(seed))
         began, tried, best = time.process_time(), 0, (np.inf, case.hparams)
@@ -176,13 +165,13 @@ def search(make_sampler, learn: bool):
             chosen = asked(trial)
             if learn:
                 begin = {"decay": DEFAULT["decay"], "architecture": chosen}
-                params = start(begin, None, papers.key_of(seed, 0))
+                params = start(begin, None, key_of(seed, 0))
                 own = dataclasses.replace(case, params=params, hparams=begin)
-                hparams = papers.tuned(own, seed, case.steps).hparams
+                hparams = tuned(own, seed, case.steps).hparams
             else:
                 numbers = {name: trial.suggest_float(name, *ends, log=True) for name, ends in BOX.items()}
                 hparams = with_decays(numbers, chosen)
-            value = papers.scored(case, hparams, papers.key_of(seed, 1)).valid
+            value = scored(case, hparams, key_of(seed, 1)).valid
             best = min(best, (value, hparams), key=lambda entry: entry[0])
             study.tell(trial, value)
             tried += 1
@@ -263,14 +252,14 @@ class Blind(mcts.Tree):
         del path, loss
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     kinds = {
         "random": lambda seed: Blind(seed, bisect=False),
         "tree search": lambda seed: mcts.Tree(seed, bisect=False),
         "with bisection": mcts.Tree,
     }
-    tables = [table(seed) for seed in range(len(answers))]
+    tables = [table(seed) for seed in answers]
     ranks = {
         name: np.mean(
             [

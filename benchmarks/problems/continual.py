@@ -20,7 +20,7 @@ each strength, alone and in pairs, the best on the first two tasks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ import numpy as np
 import optax
 
 import bilevel
+from benchmarks.problems import digits
 from benchmarks.problems.paper import Case, Evidence, Paper, Score
-from benchmarks.problems.training_run import pictures
 from bilevel import penalties
 
 HIDDEN, STEPS, TASKS, PREFIX = 32, 80, 5, 2
@@ -46,29 +46,19 @@ FAR, SAME = 1.5, 0.02  # PredKD over EWC, and what a pair may add to PredKD, in 
 
 
 def start(hparams, batch, key):
-    """Weights of variance one over the fan-in."""
     del hparams, batch
-    one, two = jax.random.split(key)
-    return {
-        "hidden": {"w": jax.random.normal(one, (64, HIDDEN)) / 8, "b": jnp.zeros(HIDDEN)},
-        "read": {"w": jax.random.normal(two, (HIDDEN, 10)) / np.sqrt(HIDDEN), "b": jnp.zeros(10)},
-    }
-
-
-def predict(params, x):
-    hidden = jax.nn.relu(x @ params["hidden"]["w"] + params["hidden"]["b"][None])
-    return hidden @ params["read"]["w"] + params["read"]["b"][None]
+    return digits.network(key, HIDDEN)
 
 
 def cross_entropy(params, batch):
     """Binary ones of the classes that count in the batch: their sum, averaged over examples."""
-    every = optax.sigmoid_binary_cross_entropy(predict(params, batch["x"]), batch["y"])
+    every = optax.sigmoid_binary_cross_entropy(digits.logits(params, batch["x"]), batch["y"])
     return jnp.mean(every @ batch["seen"])
 
 
 def inner(params, hparams, batch, old, fisher):
     """The loss of a task."""
-    logits, teacher = (predict(p, batch["x"]) for p in (params, old))
+    logits, teacher = (digits.logits(p, batch["x"]) for p in (params, old))
     # Of two classes, one with a logit of zero, the softmax is a sigmoid.
     pairs = [jnp.stack([z, jnp.zeros_like(z)], -1) for z in (logits, teacher)]
     shares = hparams["kd"] * jnp.broadcast_to(batch["old"][None], logits.shape)
@@ -91,14 +81,18 @@ def learned(params, hparams, batch, fisher):
 
     (after, _), _ = jax.lax.scan(step, (params, OPTIMIZER.init(params)), None, STEPS)
     more = penalties.fisher_diagonal(
-        lambda p, x: predict(p, x) * batch["seen"][None], after, batch["x"], family="bernoulli", batch_size=34
+        lambda p, x: digits.logits(p, x) * batch["seen"][None],
+        after,
+        batch["x"],
+        family="bernoulli",
+        batch_size=34,
     )
     return after, jax.tree.map(jnp.add, fisher, more)
 
 
 def told_apart(params, batch):
     """Cross-entropy of the softmax over the classes that count in the batch."""
-    logits = jnp.where(batch["seen"] > 0, predict(params, batch["x"]), -1e9)
+    logits = jnp.where(batch["seen"] > 0, digits.logits(params, batch["x"]), -1e9)
     return optax.softmax_cross_entropy(logits, batch["y"]).mean()
 
 
@@ -123,7 +117,7 @@ def strengths(numbers):
 @functools.cache
 def split(seed: int):
     """A batch of training for each task, and all of validation and of test."""
-    x, y = pictures()
+    x, y = digits.pictures()
     order = np.random.default_rng(seed).permutation(len(y))
     train, valid, test = np.split(order, [TRAIN, TRAIN + VALID])
 
@@ -151,7 +145,7 @@ def chain(hparams, key, tasks, valid, test):
         return (params, fisher), told_apart(params, valid)
 
     (params, _), values = jax.lax.scan(learn, (start(None, None, key), nothing()), tasks)
-    right = predict(params, test["x"]).argmax(1) == test["y"].argmax(1)
+    right = digits.logits(params, test["x"]).argmax(1) == test["y"].argmax(1)
     return values[PREFIX - 1], told_apart(params, test), right.mean()
 
 
@@ -194,10 +188,10 @@ def chosen(names: Sequence[str], seed: int, key):
     return points[best], found[best, 2], found[:, 2]
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     key = jax.random.key(99)
-    found = [[chosen(names, seed, key) for names in SETS] for seed in range(len(answers))]
+    found = [[chosen(names, seed, key) for names in SETS] for seed in answers]
     ends = np.array([[own[1] for own in of] for of in found])
     none, l2, ewc, kd, kd_l2, kd_ewc = ends.mean(0)
     far, alike = kd >= FAR * ewc, max(kd_l2, kd_ewc) <= kd + SAME
@@ -209,7 +203,7 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
 
     def draw(ax):
         names = [" + ".join(names) or "none" for names in SETS]
-        for seed, own in enumerate(ends):
+        for seed, own in zip(answers, ends, strict=True):
             ax.plot(own, range(len(names)), "o", label=f"seed {seed}", alpha=0.8)
         for i, of in enumerate(zip(*found, strict=True)):
             ax.plot([max(own[2].max() for own in of)], [i], "|", color="0.4", markersize=14)

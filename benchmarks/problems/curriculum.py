@@ -15,7 +15,7 @@ beside the same grid for a share that does not rise (s_t = s).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,7 @@ def gains(losses: np.ndarray):
     return best, float(gain.mean()), float(error)
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     keys = jax.random.split(jax.random.key(99), KEYS)
     ways = {"rising": RISE, "constant": np.ones_like(RISE)}
@@ -161,7 +161,7 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
             [
                 [
                     np.mean([judged(way * np.full(2, s), key, split(i)) for key in keys], axis=0)
-                    for i in range(len(answers))
+                    for i in answers
                 ]
                 for s in GRID
             ]
@@ -173,7 +173,9 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
     verdict = (
         "holds" if all(helps.values()) else "holds in part" if any(helps.values()) else "does not hold here"
     )
-    learned = np.mean([np.asarray(a["hypergradient"].hparams["share"]["end"]) for a in answers], axis=0)
+    learned = np.mean(
+        [np.asarray(a["hypergradient"].hparams["share"]["end"]) for a in answers.values()], axis=0
+    )
     words = [
         f"with {name} labels the best share at the end is {GRID[best]:.2f}, which gains {gain:.3f} +- "
         f"{error:.3f} nats on test over none (loss {found[0, 0, :, 1, i].mean():.3f}); hypergradients find "

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,8 @@ import optax
 
 import bilevel
 from benchmarks import fidelities
-from benchmarks.papers import key_of
-from benchmarks.problems.paper import Answer, Case, Evidence, Paper, Score
-from benchmarks.problems.training_run import pictures
+from benchmarks.problems.digits import pictures
+from benchmarks.problems.paper import Answer, Case, Evidence, Paper, Score, key_of
 
 ANGLES, NOISY, WRONG, WANTED = (0, 15, 45, 90), 1, 0.6, 20
 ROWS, VALID, BATCH, HIDDEN = 200, 300, 64, 32  # rows of each domain
@@ -183,10 +182,10 @@ def lowest(looks: Sequence[fidelities.Look], costs: np.ndarray) -> np.ndarray:
     return np.array([min((v for c, v in exact if c <= cost + 1e-9), default=np.inf) for cost in costs])
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     costs, traces, found = np.arange(1, BUDGET + 0.01, 0.1), {}, []
-    for seed in range(len(answers)):
+    for seed in answers:
         found.append(correlation(seed))
         for draws in range(REPEATS):
             for cheap in (CHEAP, None):
@@ -205,7 +204,7 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
     rank = float(np.mean([r for _, r in found]))
     met = (rank > 0.8) + (share < 0.6)
     verdict = ("does not hold here", "holds in part", "holds")[met]
-    learned = np.mean([np.asarray(a["hypergradient"].hparams["mixture"]) for a in answers], axis=0)
+    learned = np.mean([np.asarray(a["hypergradient"].hparams["mixture"]) for a in answers.values()], axis=0)
     sentence = (
         f"trainings of {SHORT} steps rank {MIXTURES} mixtures as those of {STEPS} do with a correlation of "
         f"{rank:.2f}; the loss of Bayesian search after {goal_at:.0f} long trainings ({goal:.3f}) costs "

@@ -16,8 +16,7 @@ grid.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,8 @@ import numpy as np
 import optax
 
 import bilevel
+from benchmarks.problems import digits
 from benchmarks.problems.paper import Case, Evidence, Paper, Score
-from benchmarks.problems.training_run import pictures
 
 MEMBERS, HIDDEN, TRAIN, VALID, BATCH, STEPS = 8, 32, 200, 400, 50, 300
 RATE, MOMENTUM, USUAL = 0.1, 0.9, 1e-3
@@ -37,38 +36,23 @@ def start(hparams, batch, key):
     """Members with weights of variance one over the fan-in."""
     del hparams, batch
 
-    def member(key):
-        one, two = jax.random.split(key)
-        return {
-            "hidden": {"w": jax.random.normal(one, (64, HIDDEN)) / 8, "b": jnp.zeros(HIDDEN)},
-            "read": {"w": jax.random.normal(two, (HIDDEN, 10)) / np.sqrt(HIDDEN), "b": jnp.zeros(10)},
-        }
-
-    return jax.vmap(member)(jax.random.split(key, MEMBERS))
+    return jax.vmap(lambda key: digits.network(key, HIDDEN))(jax.random.split(key, MEMBERS))
 
 
 def logits(params, x):
     """Of every member, shape (members, rows, 10)."""
 
-    def member(p):
-        hidden = jax.nn.relu(x @ p["hidden"]["w"] + p["hidden"]["b"][None])
-        return hidden @ p["read"]["w"] + p["read"]["b"][None]
-
-    return jax.vmap(member)(params)
-
-
-def cross_entropy(made, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(made, labels).mean()
+    return jax.vmap(lambda member: digits.logits(member, x))(params)
 
 
 def singles(params, batch):
     """The mean over members of their losses, outer A."""
-    return jnp.mean(jax.vmap(lambda made: cross_entropy(made, batch["y"]))(logits(params, batch["x"])))
+    return jnp.mean(jax.vmap(lambda made: digits.cross_entropy(made, batch["y"]))(logits(params, batch["x"])))
 
 
 def ensemble(params, batch):
     """The loss of the mean of the logits, outer B."""
-    return cross_entropy(logits(params, batch["x"]).mean(0), batch["y"])
+    return digits.cross_entropy(logits(params, batch["x"]).mean(0), batch["y"])
 
 
 def inner(params, hparams, batch):
@@ -106,12 +90,8 @@ METHOD = bilevel.alternating(
 )
 
 
-@functools.cache
 def split(seed: int):
-    x, y = pictures()
-    order = np.random.default_rng(seed).permutation(len(y))
-    cuts = np.split(order, [TRAIN, TRAIN + VALID])
-    return [{"x": jnp.asarray(x[i] / 16, jnp.float32), "y": jnp.asarray(y[i], jnp.int32)} for i in cuts]
+    return digits.split(seed, TRAIN, VALID)
 
 
 @jax.jit
@@ -171,7 +151,7 @@ def lowest(values: np.ndarray) -> float:
     return float(np.exp(x[2] - np.clip(slope / (2 * bend), -2, 2)))
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     keys = jax.random.split(jax.random.key(99), 2)
     found = np.mean(
@@ -180,7 +160,7 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
                 np.mean([losses(jnp.float32(decay), key, *split(seed)[:2]) for key in keys], 0)
                 for decay in GRID
             ]
-            for seed in range(len(answers))
+            for seed in answers
         ],
         axis=0,
     )

@@ -19,7 +19,7 @@ and the squares of r, both to be small, each at the best of a grid of strengths 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -151,15 +151,12 @@ def along(kind: str, seed: int, key) -> np.ndarray:
     )
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     keys = jax.random.split(jax.random.key(99), 2)
     # (kinds, seeds, strengths, validation and test)
     found = np.array(
-        [
-            [np.mean([along(kind, seed, key) for key in keys], 0) for seed in range(len(answers))]
-            for kind in RIVALS
-        ]
+        [[np.mean([along(kind, seed, key) for key in keys], 0) for seed in answers] for kind in RIVALS]
     )
     best = np.take_along_axis(found[..., 1], found[..., :1].argmin(2), 2)[..., 0].mean(1)
     none = found[0, :, 0, 1].mean()

@@ -17,7 +17,7 @@ of one half of the digits, and are judged on 32 of the other half. The claim is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ import numpy as np
 import optax
 
 import bilevel
+from benchmarks.problems.digits import pictures
 from benchmarks.problems.interpolated_activation import gap_evidence, optimism
 from benchmarks.problems.paper import Case, Evidence, Paper, Score
-from benchmarks.problems.training_run import pictures
 
 NODES, LABELLED, HELD_OUT, FEATURES, CLASSES = 300, 20, 60, 16, 10
 DELTA, USUAL = 32, {"offset": 1.0, "l2": 0.05}
@@ -156,7 +156,7 @@ def table() -> np.ndarray:
     return np.stack([found(pair, *pool) for pair in pairs]).reshape(len(OFFSETS), len(PENALTIES), POOL)
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     losses = table()
     usual = int(np.argmin(np.abs(np.log(PENALTIES / 1e-3))))
     kinds = {"alpha alone": losses[:, usual], "alpha and l2": losses.reshape(-1, POOL)}

@@ -21,7 +21,7 @@ the arms begin.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -125,14 +125,14 @@ def case(seed: int) -> Case:
 # --- The claim --------------------------------------------------------------------------------------------
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     grid = jnp.linspace(0.2, 2.0, 37)
     key = jax.random.key(3)
 
     def best(one_weight: bool):
         """Mean over the seeds of the lowest test score, by the weights that are lowest on validation."""
         found = []
-        for case in cases:
+        for case in cases.values():
             judge = jax.jit(jax.vmap(lambda b, o: case.judge(weights(b, o), key)))  # noqa: B023
             pairs = [(o, o) for o in grid] if one_weight else [(b, o) for b in grid[::3] for o in grid[::3]]
             scores = judge(*map(jnp.stack, zip(*pairs, strict=True)))
@@ -141,10 +141,15 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
 
     one = best(True)
     two = float(
-        np.mean([c.judge(a["hypergradient"].hparams, key).test for c, a in zip(cases, answers, strict=True)])
+        np.mean(
+            [
+                c.judge(a["hypergradient"].hparams, key).test
+                for c, a in zip(cases.values(), answers.values(), strict=True)
+            ]
+        )
     )
-    exact = float(np.mean([c.judge(c.hparams, key).test for c in cases]))
-    learned = answers[0]["hypergradient"].hparams
+    exact = float(np.mean([c.judge(c.hparams, key).test for c in cases.values()]))
+    learned = next(iter(answers.values()))["hypergradient"].hparams
     sentence = (
         f"with a personalised model that is off, the distance to what is wanted is {exact:.4f} at weights of "
         f"1, {one:.4f} at the best common weight and {two:.4f} at the learned two "

@@ -19,7 +19,7 @@ words. Whether people like the text cannot be said; how much of it is copied fro
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -190,10 +190,10 @@ def copied(text: np.ndarray, few: np.ndarray) -> float:
     return float(np.mean([tuple(row) in known for row in grams.tolist()]))
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     before, after, copies, real, first = [], [], [], [], ""
-    for seed in range(len(answers)):
+    for seed in answers:
         params, (_, few, held_out, _, test) = pretrained(seed), texts(seed)
         key = jax.random.key(50 + seed)
         before.append(seen(params, few, held_out, test))
@@ -207,7 +207,7 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
             first = first or "".join(prose.ALPHABET[i] for i in text[0][:60])
     before, mean = np.mean(before, axis=0), np.mean(after, axis=0)
     fit = np.flatnonzero(mean[:, 0] < ZERO)
-    found = [float(a["hypergradient"].hparams["rate"]) for a in answers]
+    found = [float(a["hypergradient"].hparams["rate"]) for a in answers.values()]
     if not len(fit):
         sentence = (
             f"no rate of the grid leaves a training loss below {ZERO} ({mean[:, 0].min():.2f} at best)."

@@ -165,7 +165,7 @@ def gaps(values: np.ndarray, sizes: Sequence[int], deals: int) -> np.ndarray:
     return np.array([[gap(n) for _ in range(deals)] for n in sizes])
 
 
-def optimism(cases: Sequence[Case], answers, arm: str = "hypergradient") -> float:
+def optimism(cases: Mapping[int, Case], answers, arm: str = "hypergradient") -> float:
     """By how much more than the default what an arm found is worse on the unseen tasks than on its own."""
     keys = jax.random.split(jax.random.key(98), 3)
 
@@ -173,7 +173,7 @@ def optimism(cases: Sequence[Case], answers, arm: str = "hypergradient") -> floa
         scores = [case.judge(hparams, key) for key in keys]
         return np.mean([score.test - score.valid for score in scores])
 
-    pairs = zip(cases, answers, strict=True)
+    pairs = zip(cases.values(), answers.values(), strict=True)
     return float(np.mean([gap(case, found[arm].hparams) - gap(case, case.hparams) for case, found in pairs]))
 
 
@@ -214,7 +214,7 @@ def gap_evidence(kinds: Mapping[str, np.ndarray], of_arm: float, tuned_on: int) 
     return Evidence(verdict, sentence, draw)
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     errors_at = np.nan_to_num(table(), nan=10.0)
     kinds = {"one alpha": np.einsum("iit->it", errors_at), "two alphas": errors_at.reshape(-1, POOL)}
     return gap_evidence(kinds, optimism(cases, answers), TASKS)

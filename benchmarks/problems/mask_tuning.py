@@ -21,7 +21,7 @@ on validation, and for scale all weights trained.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ import numpy as np
 import optax
 
 import bilevel
+from benchmarks.problems import digits
 from benchmarks.problems.paper import Case, Evidence, Paper, Score
-from benchmarks.problems.training_run import pictures
 from bilevel import maps, penalties
 
 HIDDEN, SHOTS, VALID, STEPS, ANGLE = 64, 16, 300, 100, 20
@@ -41,22 +41,11 @@ CLEAR = 0.01  # accuracy
 
 
 def start(key):
-    """Weights of variance one over the fan-in."""
-    one, two = jax.random.split(key)
-    return {
-        "hidden": {"w": jax.random.normal(one, (64, HIDDEN)) / 8, "b": jnp.zeros(HIDDEN)},
-        "read": {"w": jax.random.normal(two, (HIDDEN, 10)) / np.sqrt(HIDDEN), "b": jnp.zeros(10)},
-    }
-
-
-def predict(params, x):
-    hidden = jax.nn.relu(x @ params["hidden"]["w"] + params["hidden"]["b"][None])
-    return hidden @ params["read"]["w"] + params["read"]["b"][None]
+    return digits.network(key, HIDDEN)
 
 
 def cross_entropy(params, batch):
-    made = predict(params, batch["x"])
-    return optax.softmax_cross_entropy_with_integer_labels(made, batch["y"]).mean()
+    return digits.cross_entropy(digits.logits(params, batch["x"]), batch["y"])
 
 
 @functools.cache
@@ -64,7 +53,7 @@ def split(seed: int):
     """The weights of the old model; shots, validation and test of the new task."""
     from scipy import ndimage
 
-    x, y = pictures()
+    x, y = digits.pictures()
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(y))
     old, new = np.split(order, [len(order) // 2])
@@ -102,8 +91,8 @@ def tuned(at, hparams, batch):
 
     def apart(numbers):
         """Divergence from the old model."""
-        teacher = predict(weights, rows["x"])
-        return penalties.distillation(predict(MASKS(numbers, weights), rows["x"]), 1.0, teacher)
+        teacher = digits.logits(weights, rows["x"])
+        return penalties.distillation(digits.logits(MASKS(numbers, weights), rows["x"]), 1.0, teacher)
 
     g = jax.grad(lambda numbers: cross_entropy(MASKS(numbers, weights), rows))(at["numbers"])
     h = jax.grad(apart)(at["numbers"])
@@ -186,7 +175,7 @@ def case(seed: int) -> Case:
 
 
 def accuracy(params, batch) -> float:
-    return float(jnp.mean(predict(params, batch["x"]).argmax(1) == batch["y"]))
+    return float(jnp.mean(digits.logits(params, batch["x"]).argmax(1) == batch["y"]))
 
 
 def compared(seed: int, hparams) -> dict[str, float]:
@@ -204,11 +193,11 @@ def compared(seed: int, hparams) -> dict[str, float]:
     }
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     # On validation the best answer of all arms, as the claim is about masks and not about arms.
     found = []
-    for seed, own in enumerate(answers):
+    for seed, own in answers.items():
         weights, (shots, valid, _) = split(seed)
         losses = {
             arm: float(cross_entropy(adapted(answer.hparams, jax.random.key(98), shots, weights), valid))
@@ -224,7 +213,7 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
     )
 
     def draw(ax):
-        for seed, of in enumerate(found):
+        for seed, of in zip(answers, found, strict=True):
             ax.plot(list(of.values()), range(len(of)), "o", label=f"seed {seed}", alpha=0.8)
         ax.set_yticks(range(len(found[0])), list(found[0]))
         ax.invert_yaxis()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ import numpy as np
 import optax
 
 import bilevel
+from benchmarks.problems.digits import pictures
 from benchmarks.problems.paper import Case, Evidence, Paper, Score
-from benchmarks.problems.training_run import pictures
 from bilevel import em
 
 KNOWN, HIDDEN, NOVEL = 6, 3, 4
@@ -202,12 +202,12 @@ def case(seed: int) -> Case:
 # --- The claim --------------------------------------------------------------------------------------------
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     keys = jax.random.split(jax.random.key(99), 2)
     grid = np.array(
         [
             [np.mean([c.judge(numbers(w, d), key) for key in keys], axis=0) for d in DECAYS for w in SHARES]
-            for c in cases
+            for c in cases.values()
         ]
     )
     hidden, novel = grid[..., 0], grid[..., 1]
@@ -216,7 +216,7 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
     best, middle = novel.min(axis=1).mean(), novel.mean()
     gained = (middle - chosen) / (middle - best)
     verdict = ("does not hold here", "holds in part", "holds")[int(rank > 0.5) + int(gained > 0.5)]
-    learned = [float(a["hypergradient"].hparams["w"]) for a in answers]
+    learned = [float(a["hypergradient"].hparams["w"]) for a in answers.values()]
     sentence = (
         f"over a grid of {len(SHARES)} shares and {len(DECAYS)} decays the loss of hidden classes and the "
         f"error of novel ones have a rank correlation of {rank:.2f}; where the former is lowest the error is "

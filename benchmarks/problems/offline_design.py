@@ -18,7 +18,7 @@ runs their rule with their constants and answers with the multiplier that it end
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +230,7 @@ def multiplier(own: Case, seconds: float, seed: int) -> Answer:
 # --- The claim --------------------------------------------------------------------------------------------
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     keys = jax.random.split(jax.random.key(99), 3)
 
@@ -238,7 +238,7 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
         return 1 - np.mean([judged(hparams, key, split(seed))[1] for key in keys], axis=0)
 
     def over_seeds(of):
-        return np.mean([gained(of(own), seed) for seed, own in enumerate(answers)], axis=0)
+        return np.mean([gained(of(own), seed) for seed, own in answers.items()], axis=0)
 
     without = over_seeds(lambda own: of_each(dict.fromkeys(DIMS, 0.0)))
     tuned = over_seeds(lambda own: own["hypergradient"].hparams)

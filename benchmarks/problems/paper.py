@@ -8,8 +8,14 @@ anew.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import bilevel
 
 VERDICTS = ("holds", "holds in part", "does not hold here", "cannot be tested here")
 
@@ -91,7 +97,8 @@ class Paper:
       source: authors, year, identifier.
       claim: one sentence.
       case: of a seed.
-      evidence: of the cases and of what each arm answered for them: ``answers[i][arm]`` for ``cases[i]``.
+      evidence: of the cases and of what each arm answered for them, both by seed: ``answers[seed][arm]`` for
+        ``cases[seed]``.
       unit: of the test score.
       arms: further ones, or others for those of the same name; None leaves one out.
     """
@@ -100,6 +107,31 @@ class Paper:
     source: str
     claim: str
     case: Callable[[int], Case]
-    evidence: Callable[[Sequence[Case], Sequence[Mapping[str, Answer]]], Evidence]
+    evidence: Callable[[Mapping[int, Case], Mapping[int, Mapping[str, Answer]]], Evidence]
     unit: str
     arms: Mapping[str, Arm | None] = dataclasses.field(default_factory=dict)
+
+
+# --- What arms are made of ---------------------------------------------------------------------------------
+
+
+def key_of(seed: int, use: int):
+    """0: of the gradient arm; 1: what searches are scored by; from 2 on: of the judges."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(7), seed), use)
+
+
+def scored(case: Case, hparams, key) -> Score:
+    """A training; nan scores are infinite."""
+    found = jax.device_get(case.judge(hparams, key))
+    return Score(*(float(np.nan_to_num(x, nan=np.inf)) for x in found))
+
+
+def tuned(case: Case, seed: int, steps: int) -> bilevel.Result:
+    """A run of `bilevel.optimize` from the default."""
+    with warnings.catch_warnings():
+        # What a run is warned of is in its result.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return bilevel.optimize(
+            case.problem, case.params, case.hparams, case.train, case.valid, case.method, steps,
+            key=key_of(seed, 0), model_state=case.model_state, progress=False,
+        )  # fmt: skip

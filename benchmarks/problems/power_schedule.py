@@ -13,7 +13,7 @@ stretched, against a cosine whose peak is the best of the 16 for 4 S.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,7 @@ import numpy as np
 import optax
 
 import bilevel
-from benchmarks.papers import key_of, scored
-from benchmarks.problems.paper import Answer, Case, Evidence, Paper, Score
+from benchmarks.problems.paper import Answer, Case, Evidence, Paper, Score, key_of, scored
 from benchmarks.problems.repeated_data import BATCH, MOMENTUM, loss, outer, start, texts
 
 STEPS, LONGER, DECAY, JUDGES = 256, 4, 0.2, 4
@@ -122,16 +121,16 @@ def longer(hparams, seed: int) -> np.ndarray:
     )
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     power, cosines, again = [], [], []
-    for seed, found in enumerate(answers):
+    for seed, found in answers.items():
         best = PEAKS[int(np.nanargmin(grid(key_of(seed, 49), own_texts(seed))))]
         again.append({"lr": {"peak": best}})
         power.append(found["hypergradient"].hparams)
         cosines.append(found["cosine"].hparams)
     reference, by_power, by_cosine = (
-        np.concatenate([longer(hparams, seed) for seed, hparams in enumerate(own)])
+        np.concatenate([longer(hparams, seed) for seed, hparams in zip(answers, own, strict=True)])
         for own in (again, power, cosines)
     )
     cost, other = by_power - reference, by_cosine - reference

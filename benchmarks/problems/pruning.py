@@ -19,7 +19,7 @@ that are on, averaged over inputs, and of all predictors.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -185,13 +185,13 @@ def as_cheap() -> int:
     return max(n for n in range(WIDTH) if 64 * n + n * n + 10 * n <= BUDGET * whole)
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
     keys = jax.random.split(jax.random.key(99), 2)
 
     def mean(of):
         """Over seeds and runs."""
-        runs = [of(own, tuple(digits(seed, 0.0)), key) for seed, own in enumerate(answers) for key in keys]
+        runs = [of(own, tuple(digits(seed, 0.0)), key) for seed, own in answers.items() for key in keys]
         return np.mean(runs, axis=0)
 
     def gated(hparams_of):

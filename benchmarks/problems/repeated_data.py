@@ -15,7 +15,7 @@ usual 0.1. The claim is tested by a grid of rates, one number for both layers, f
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -159,18 +159,16 @@ def case(seed: int) -> Case:
 # --- The claim --------------------------------------------------------------------------------------------
 
 
-def losses(hparams, new: bool, epochs: int, seeds: int) -> float:
+def losses(hparams, new: bool, epochs: int, seeds: Iterable[int]) -> float:
     """Mean validation loss over the seeds and two runs of each."""
     keys = jax.random.split(jax.random.key(99), 2)
     steps = epochs * ROWS // BATCH
-    return float(
-        np.mean([judged(hparams, key, texts(i), new, steps).valid for i in range(seeds) for key in keys])
-    )
+    return float(np.mean([judged(hparams, key, texts(i), new, steps).valid for i in seeds for key in keys]))
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     del cases
-    seeds, none = len(answers), both(GRID[0])
+    seeds, none = tuple(answers), both(GRID[0])
     grid = np.array([[losses(both(rate), False, epochs, seeds) for rate in GRID] for epochs in EPOCHS])
     new = np.array([losses(none, True, epochs, seeds) for epochs in EPOCHS])
     cost, best = grid[:, 0] - new, GRID[np.argmin(grid, axis=1)]
@@ -180,7 +178,8 @@ def evidence(cases: Sequence[Case], answers) -> Evidence:
     met = sum((degrades, grows, bool(recovered > 0.5)))
     verdict = "holds" if met == 3 else "holds in part" if degrades and met == 2 else "does not hold here"
     tuned = [
-        np.mean([float(a["hypergradient"].hparams["rate"][n]) for a in answers]) for n in ("input", "hidden")
+        np.mean([float(a["hypergradient"].hparams["rate"][n]) for a in answers.values()])
+        for n in ("input", "hidden")
     ]
 
     def words(values, form):

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 import bilevel
+from benchmarks.problems.digits import pictures
 
 HIDDEN, BATCH, MOMENTUM, WRONG = 32, 32, 0.9, 0.2
 TRAIN, VALID = 600, 600  # examples; the other 597 are the test
@@ -39,13 +40,6 @@ class Losses(NamedTuple):
     valid: jax.Array
     test: jax.Array
     accuracy: jax.Array  # on the test
-
-
-@functools.cache
-def pictures():
-    from sklearn.datasets import load_digits
-
-    return load_digits(return_X_y=True)
 
 
 @functools.cache

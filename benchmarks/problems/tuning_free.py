@@ -18,7 +18,7 @@ factors from 1 to 2, evenly in the logarithm. Ours: a loss after so many steps, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ from jax.flatten_util import ravel_pytree
 
 import bilevel
 from benchmarks.problems import repeated_data
+from benchmarks.problems.digits import pictures
 from benchmarks.problems.paper import Case, Evidence, Paper, Score
-from benchmarks.problems.training_run import pictures
 
 GROUPS, BATCH, STEPS, HIDDEN = 200, 16, 150, 32
 EACH = {"digits": 4, "text": 12, "diabetes": 1}  # examples of a group: rows of the training data
@@ -263,15 +263,15 @@ def case(seed: int) -> Case:
 TUNED, UNTUNED = "NadamW, tuned", "NadamW, baseline"
 
 
-def test_losses(cases: Sequence[Case], answers) -> dict[str, np.ndarray]:
+def test_losses(cases: Mapping[int, Case], answers) -> dict[str, np.ndarray]:
     """Of each optimiser on all workloads of all seeds."""
     found: dict[str, list] = {}
     measure = jax.jit(losses)
-    for seed, (case, answer) in enumerate(zip(cases, answers, strict=True)):
+    for seed, case in cases.items():
         train, _, test = split(seed)
         key = jax.random.fold_in(jax.random.key(97), seed)
         params = {name: trained_alone(optimizer, key, train) for name, optimizer in FREE.items()}
-        params[TUNED] = trained(answer["hypergradient"].hparams, key, train)
+        params[TUNED] = trained(answers[seed]["hypergradient"].hparams, key, train)
         params[UNTUNED] = trained(case.hparams, key, train)
         for name, own in params.items():
             found.setdefault(name, []).extend(float(x) for x in measure(own, test).values())
@@ -284,7 +284,7 @@ def profiles(found: dict[str, np.ndarray], factors: np.ndarray) -> dict[str, np.
     return {name: np.mean(values / lowest <= factors[:, None], axis=1) for name, values in found.items()}
 
 
-def evidence(cases: Sequence[Case], answers) -> Evidence:
+def evidence(cases: Mapping[int, Case], answers) -> Evidence:
     factors = np.geomspace(1, FACTOR, 201)
     curves = profiles(test_losses(cases, answers), factors)
     score = {name: float(curve.mean()) for name, curve in curves.items()}

@@ -40,7 +40,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel import validation
+from bilevel import penalties, validation
 from bilevel.nn.layers import lstm_step
 from bilevel.problem import Params, PyTree
 
@@ -261,11 +261,13 @@ def forgetting(network: RecurrentHyperNetwork, params: PyTree, old: PyTree, task
       old: see params; not differentiated.
       tasks: how many, may be traced.
     """
-    old = jax.lax.stop_gradient(old)
+    every = jnp.arange(network.tasks)
 
-    def moved(task):
-        pairs = zip(jax.tree.leaves(network(params, task)), jax.tree.leaves(network(old, task)), strict=True)
-        return jnp.where(task < tasks, sum(jnp.sum(jnp.square(a - b)) for a, b in pairs), 0.0)
+    def outputs(params):
+        return jax.vmap(lambda task: network(params, task))(every)
 
-    total = jnp.sum(jax.vmap(moved)(jnp.arange(network.tasks)))
-    return total / jnp.maximum(tasks, 1)
+    new = outputs(params)
+    # Of all tasks, but only the first ones count; penalties.forgetting divides by the number of all.
+    counted = jnp.where(every < tasks, network.tasks / jnp.maximum(tasks, 1), 0)
+    counted = counted.astype(jnp.result_type(*jax.tree.leaves(new)))
+    return penalties.forgetting(new, counted, outputs(jax.lax.stop_gradient(old)))

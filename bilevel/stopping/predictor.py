@@ -80,7 +80,7 @@ class Predictor:
                 f"partial must be curves of 1 to {self.curves.shape[1]} steps, (runs, steps), got shape "
                 f"{partial.shape}."
             )
-        given = _columns(extra, len(partial))
+        given = columns_of(extra, len(partial))
         if list(given) != list(self.extra):
             raise ValueError(
                 f"extra must have what the finished runs have, {', '.join(self.extra) or 'nothing'}; got "
@@ -172,7 +172,7 @@ def predictor(curves, extra: Mapping | None = None, *, final=None, regressor: An
     curves = np.asarray(curves, np.float64)
     if curves.ndim != 2 or not curves.shape[1]:
         raise ValueError(f"curves must have shape (runs, steps), got {curves.shape}.")
-    columns = _columns(extra, len(curves))
+    columns = columns_of(extra, len(curves))
     score = curves[:, -1] if final is None else np.asarray(final, np.float64)
     if score.shape != curves.shape[:1]:
         raise ValueError(f"final must have one score for each of {len(curves)} runs, got {score.shape}.")
@@ -198,7 +198,7 @@ def features(curves, extra: Mapping | None = None) -> tuple[list[str], np.ndarra
       ValueError: shapes that do not fit.
     """
     curves = np.asarray(curves, np.float64)
-    columns = _columns(extra, len(curves))
+    columns = columns_of(extra, len(curves))
     with np.errstate(invalid="ignore"):  # inf - inf
         parts = {"value": curves, "first": np.diff(curves, axis=1), "second": np.diff(curves, 2, axis=1)}
         whole = [*parts.values(), curves.mean(axis=1), curves.std(axis=1), *columns.values()]
@@ -206,7 +206,8 @@ def features(curves, extra: Mapping | None = None) -> tuple[list[str], np.ndarra
     return [*names, "mean", "std", *columns], np.column_stack(whole)
 
 
-def _columns(extra: Mapping | None, runs: int) -> dict[str, np.ndarray]:
+def columns_of(extra: Mapping | None, runs: int) -> dict[str, np.ndarray]:
+    """What else is known of runs, sorted by name; ValueError where there is not one number for each."""
     columns = {name: np.asarray(value, np.float64) for name, value in sorted((extra or {}).items())}
     columns = {name: c[None] if runs == 1 and not c.ndim else c for name, c in columns.items()}
     for name, column in columns.items():

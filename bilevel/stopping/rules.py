@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bilevel import validation
-from bilevel.stopping.predictor import Predictor, _columns, predictor
+from bilevel.stopping.predictor import Predictor, columns_of, predictor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def replay(
         )
     if not np.isfinite(curves).all():
         raise ValueError("curves must be finite; leave out runs that are not.")
-    total, columns = curves.shape[1], _columns(extra, len(curves))
+    total, columns = curves.shape[1], columns_of(extra, len(curves))
     done, steps, fitted = list(range(finish)), np.full(len(curves), total), None
     for i in range(finish, len(curves)):
         if fitted is None:
