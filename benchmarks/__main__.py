@@ -28,6 +28,7 @@ LONG = (
     "experts_cost", "online_cost", "complexity", "single_loop", "text", "stn_cost", "hypernetworks",
     "self_tuning", "early_learning", "few_shot", "few_shot_cost", "lasso",
     "schedules", "long_horizons", "layer_rates", "papers", "curves_stopping",
+    "estimator_scores",
 )  # fmt: skip
 
 

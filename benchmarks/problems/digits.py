@@ -40,9 +40,9 @@ def network(key, hidden: int) -> dict:
     }
 
 
-def logits(params, x):
+def logits(params, x, activation=jax.nn.relu):
     """Of a `network`."""
-    hidden = jax.nn.relu(x @ params["hidden"]["w"] + params["hidden"]["b"][None])
+    hidden = activation(x @ params["hidden"]["w"] + params["hidden"]["b"][None])
     return hidden @ params["read"]["w"] + params["read"]["b"][None]
 
 
