@@ -1,6 +1,19 @@
 """Tune hyperparameters by gradient: bilevel optimisation for JAX, optax and flax."""
 
-from bilevel import em, imaging, maps, mixtures, penalties, prox, scaling, schedules, soups, stopping
+from bilevel import (
+    callbacks,
+    em,
+    imaging,
+    maps,
+    mixtures,
+    pareto,
+    penalties,
+    prox,
+    scaling,
+    schedules,
+    soups,
+    stopping,
+)
 from bilevel.argmin import argmin
 from bilevel.check import HypergradientCheck, check_hypergradient
 from bilevel.checkpoint import checkpoints
@@ -94,6 +107,7 @@ __all__ = [
     "bo_rep",
     "bome",
     "box",
+    "callbacks",
     "cg",
     "check_hypergradient",
     "checkpoints",
@@ -140,6 +154,7 @@ __all__ = [
     "optimize",
     "optuna_objective",
     "optuna_study",
+    "pareto",
     "path_smoothness",
     "penalties",
     "penalty",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import archive, data, fingerprint, hosts, loop
+from bilevel import archive, data, fingerprint, hosts, loop, stored
 from bilevel.checkpoint import Checkpoints, Folder, check_same_run, versions
 from bilevel.feed import Feed
 from bilevel.placement import Placement, put
@@ -126,6 +126,7 @@ class Keeper:
             "positions": every,
             "same": self.name_run(),
             "versions": versions(),
+            "shown": stored.described(run.plan, run.carry.member, run.settings.steps),
         }
         if self._writes:
             self._writing = self._writer.submit(self._folder.write, run.done, trees, meta)

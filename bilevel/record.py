@@ -61,12 +61,6 @@ class Record:
             kept = [(steps, leaves, steps % stride == 0) for steps, leaves in self._trail]
             self._trail = [(steps[on], [leaf[on] for leaf in leaves]) for steps, leaves, on in kept]
 
-    def last(self) -> dict[str, np.ndarray]:
-        """The last row, by column; empty before the first."""
-        if not self.done:
-            return {}
-        return dict(zip(self.plan.columns, self._rows[-1][-1].T, strict=True))
-
     def history(self, first: int = 0) -> dict[str, np.ndarray]:
         """The rows from an outer step on, as columns of shape (steps, [members])."""
         rows = self._since(self._rows, first)

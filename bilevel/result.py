@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -204,7 +205,10 @@ class Result:
         return schedule_of(self.trajectory, name, inner_steps)
 
     def plot(self):
-        """Outer value, gradient norm and hyperparameters over the outer steps; a matplotlib Figure.
+        """Outer value, gradient norm and hyperparameters; a matplotlib Figure of at most twelve panels.
+
+        Numbers and short vectors are lines over the outer steps, long vectors bands of quantiles with a
+        histogram, matrices and filters pictures. Of a population the best member is drawn thick.
 
         Raises:
           ImportError: matplotlib is missing (``pip install 'bilevel[plots]'``).
@@ -212,6 +216,28 @@ class Result:
         from bilevel.plots import plot_result
 
         return plot_result(self)
+
+    def report(
+        self,
+        path: str | os.PathLike,
+        title: str = "bilevel run",
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write one HTML page that holds everything it shows: how the run ended, numbers, pictures, tables.
+
+        Args:
+          path: of the file; its folder must exist.
+          title: of the page.
+          notes: rows added to the summary, such as ``{"method": method}``: a result does not know what
+            the run was told.
+
+        Raises:
+          ImportError: matplotlib is missing (``pip install 'bilevel[plots]'``); ValueError: no such folder,
+            or the path is one.
+        """
+        from bilevel import result_report
+
+        result_report.write(self, path, title, notes)
 
 
 COUNT_COLUMNS = ("inner_grad", "outer_grad", "hvp", "cross")

@@ -92,12 +92,16 @@ class Run:
         show = progress and (hosts.first() or not self.settings.spans_hosts)
         with self.interrupt, self.watch:
             try:
-                with reporter(show, self.settings.steps) as show_row:
+                with reporter(show, self.settings.steps) as tell:
                     self._judge()
+                    shown = 0
                     while self.ended is None:
                         self._advance()
-                        show_row(self.done, self._row())
+                        if show:
+                            tell(self.done, self.record.history(shown))
+                            shown = self.done
                         self._between()
+                    tell(self.done, {}, self.ended[0])
             except KeyboardInterrupt:
                 self._stop_at_once()
             except Exception as error:
@@ -362,12 +366,6 @@ class Run:
                 _attach(error, result)
                 raise
         return result
-
-    def _row(self) -> dict[str, Any]:
-        return {
-            name: column if self.active is None else column[self.active]
-            for name, column in self.record.last().items()
-        }
 
     def result(self) -> tuple[Result, str]:
         """The result of the run as it stands, and what deserves a warning."""

@@ -454,6 +454,8 @@ OTHER = {
         "SolveInfo",
         "Status",
     ),
+    "callbacks",
+    "pareto",
     *("box", "fixed", "integer", "interval", "positive", "real", "simplex"),
     *("minibatches", "stacked", "with_rng", "episodes", "tuned"),
 }

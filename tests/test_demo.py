@@ -120,7 +120,7 @@ def test_missing_extra_is_named_before_any_work(missing, monkeypatch, capsys):
 
     monkeypatch.setattr(importlib, "import_module", without)
     monkeypatch.setattr(demo, "run", lambda *a, **k: pytest.fail("the job was started"))
-    assert cli.main(["demo"]) == 1
+    assert cli.main(["demo"]) == 2
     assert "pip install 'bilevel[demo]'" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ImportError, match="needs scikit-learn and matplotlib"):
         demo.main("demo.png", 0, False, Console())

@@ -1,10 +1,9 @@
 """The Python in README.md and docs/ runs and prints what stands below it; so do the examples.
 
 One process for each file, without the settings of `conftest.py`, as a reader has none of them; only
-compilation is made cheap as there, in 71 s where it took 120 (recipes.md). The blocks of a
-Markdown file share a namespace. A fence without a language directly below a block holds what the block
-prints, and a block that prints has one; a script states its output in its last lines, as ``# > text``. The
-last digit of a printed decimal may be off by one.
+compilation is made cheap as there. The blocks of a Markdown file share a namespace. A fence without a
+language directly below a block holds what the block prints, and a block that prints has one; a script states
+its output in its last lines, as ``# > text``. The last digit of a printed decimal may be off by one.
 """
 
 import os
@@ -22,6 +21,7 @@ PAGE_NAMES = {
     *("README", "notation", "recipes", "adding_an_estimator", "choosing", "coming_from_jaxopt"),
     *("scaling", "checkpoints", "certificates", "stochastic", "online", "self_tuning", "fixed_points"),
     *("schedules", "populations", "regularisers", "coming_from_optuna", "scikit_learn", "papers"),
+    "seeing_a_run",
 }
 END_OF_BLOCK = "-- end of block --"
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")

@@ -1,6 +1,10 @@
 """Optuna outside, hypergradients inside."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +64,41 @@ def test_a_study_lives_in_a_file_that_others_share(tmp_path):
     assert bilevel.optuna_study(path, "shared").best_params == {"kind": "b"}
     with pytest.raises(ValueError, match="is not there"):
         bilevel.optuna_study(tmp_path / "none" / "study.journal")
+
+
+def work(path):
+    """Two trials of this process; the second begins when the study shows a trial of another."""
+
+    def build_here(trial):
+        trial.set_user_attr("process", os.getpid())
+        return build(trial)
+
+    objective = bilevel.optuna_objective(build_here, **COMMON)
+    study = bilevel.optuna_study(path, "shared", sampler=optuna.samplers.RandomSampler(seed=os.getpid()))
+    study.optimize(objective, n_trials=1)
+    until = time.monotonic() + 300
+    while all(trial.user_attrs.get("process", os.getpid()) == os.getpid() for trial in study.trials):
+        assert time.monotonic() < until, "no trial of the other process was seen"
+        time.sleep(0.05)
+    study.optimize(objective, n_trials=1)
+    return study
+
+
+def test_two_processes_share_a_study_while_both_run(tmp_path):
+    path = tmp_path / "study.journal"
+    other = subprocess.Popen([sys.executable, __file__, path])
+    try:
+        study = work(path)
+        assert other.wait(300) == 0
+    finally:
+        other.kill()
+    trials = study.trials
+    assert [trial.number for trial in trials] == [0, 1, 2, 3]
+    assert {trial.state for trial in trials} == {optuna.trial.TrialState.COMPLETE}
+    processes = [trial.user_attrs["process"] for trial in trials]
+    assert sorted(processes) == sorted(2 * [os.getpid(), other.pid])
+    expected = [OFFSETS[trial.params["kind"]] for trial in trials]
+    np.testing.assert_allclose([trial.value for trial in trials], expected, atol=1e-4)
 
 
 def test_a_pruner_stops_the_run():
@@ -124,3 +163,7 @@ def test_wrong_input_is_named():
         other = optuna.create_study(directions=directions)
         with pytest.raises(ValueError, match="the study must minimise"):
             other.optimize(bilevel.optuna_objective(build, **COMMON), n_trials=1)
+
+
+if __name__ == "__main__":
+    work(sys.argv[1])
