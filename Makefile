@@ -6,6 +6,9 @@ PYENV_ROOT ?= $(HOME)/.pyenv
 
 VENV := .venv
 NEWEST := .venv-newest
+PEERS := .venv-peers
+DOCS := .venv-docs
+SITE := build/site
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -41,15 +44,42 @@ format: $(VENV)/.installed ## Rewrite the code in the project's format
 	$(VENV)/bin/ruff format .
 
 .PHONY: bench
-bench: $(VENV)/.installed-bench ## Run the quick benchmarks and a small study
+bench: $(VENV)/.installed-bench ## Run the quick benchmarks and the quick comparison of methods
 	$(VENV)/bin/python -m benchmarks
 	rm -rf benchmarks/results/quick
-	$(VENV)/bin/python -m benchmarks study --problems ridge logistic kfold --seeds 0 --seconds 1 --out benchmarks/results/quick
+	$(VENV)/bin/python -m benchmarks run --quick --output benchmarks/results/quick
 	$(VENV)/bin/python -m benchmarks report benchmarks/results/quick
+
+REPORT_TEST := benchmarks/results/report-test
+.PHONY: report-test
+report-test: $(VENV)/.installed-bench ## Check the page of a small comparison in headless Chromium
+	@$(VENV)/bin/python -c 'from benchmarks import browser; print(browser.find())'
+	rm -rf $(REPORT_TEST)
+	$(VENV)/bin/python -m benchmarks run --problems ridge kfold --methods default soba random --seeds 0 1 --seconds 0.3 --output $(REPORT_TEST)
+	$(VENV)/bin/python -m benchmarks report $(REPORT_TEST)
+	$(VENV)/bin/python -m benchmarks.browser $(REPORT_TEST)/report.html $(REPORT_TEST)
+
+.PHONY: docs
+docs: $(DOCS)/.installed ## Build the documentation site in build/site (warnings are errors)
+	rm -rf $(SITE)
+	$(DOCS)/bin/python -m sphinx -E -W --keep-going -q -b html docs $(SITE)
+	@echo "open $(SITE)/index.html"
+
+.PHONY: docs-test
+docs-test: docs $(VENV)/.installed ## Build the site, check its links, run all examples of pages and docstrings
+	$(DOCS)/bin/python docs/check_site.py $(SITE)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) tests/test_site.py tests/test_docs.py tests/test_doctests.py
+
+.PHONY: notebooks
+notebooks: $(VENV)/.installed-notebooks ## Execute the notebooks and write them anew
+	$(VENV)/bin/python notebooks/build.py
 
 .PHONY: test-newest
 test-newest: $(NEWEST)/.installed ## Run the tests on the newest Python found (3.12 or later)
 	$(NEWEST)/bin/python -m pytest -n $(WORKERS)
+
+.PHONY: peers
+peers: $(PEERS)/.installed ## Build .venv-peers for python -m benchmarks peers
 
 .PHONY: clean
 clean: ## Remove caches and build products (the environments stay)
@@ -70,6 +100,16 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(VENV)/bin/python $(PIP_INSTALL) -e '.[bench]'
 	@touch $@
 
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python $(PIP_INSTALL) --upgrade pip
+	$(DOCS)/bin/python $(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.installed-notebooks: $(VENV)/.installed
+	$(VENV)/bin/python $(PIP_INSTALL) -e '.[notebooks]'
+	@touch $@
+
 # A candidate counts only if it starts and is the version its name says: a pyenv shim may do neither.
 $(NEWEST)/.installed: pyproject.toml
 	@for minor in 14 13 12; do \
@@ -84,4 +124,18 @@ $(NEWEST)/.installed: pyproject.toml
 	exit 1
 	$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade pip
 	$(NEWEST)/bin/python $(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+# The last two ask for older Pythons and for a torch with drivers of GPUs; they run without. A package that
+# cannot be installed here is missing from the table, which says so.
+$(PEERS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP_INSTALL) --upgrade pip
+	$(PEERS)/bin/python $(PIP_INSTALL) -e '.[bench]' cmaes
+	@for package in torch==2.13.0 jaxopt==0.8.5 'optimistix==0.1.0 lineax==0.1.1' gradhpo==0.1.3 higher==0.2.1 torchopt==0.7.3; do \
+	  $(PEERS)/bin/python $(PIP_INSTALL) $$package || echo "cannot install $$package" >&2; \
+	done
+	@for package in betty-ml==0.2.1 hypergrad==0.0.1; do \
+	  $(PEERS)/bin/python $(PIP_INSTALL) --no-deps --ignore-requires-python $$package || echo "cannot install $$package" >&2; \
+	done
 	@touch $@

@@ -1,4 +1,4 @@
-"""``python -m benchmarks [name ...]``: the quick checks, or those named; or the commands study and report."""
+"""``python -m benchmarks [name ...]``: the quick checks, or those named; or list, run, report, compare."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ LONG = (
     "default_method", "kills", "certificates", "robustness", "accuracies", "denoising", "multinomial",
     "experts_cost", "online_cost", "complexity", "single_loop", "text", "stn_cost", "hypernetworks",
     "self_tuning", "early_learning", "few_shot", "few_shot_cost", "lasso",
-    "schedules", "long_horizons", "layer_rates", "papers", "curves_stopping",
+    "schedules", "long_horizons", "layer_rates", "papers", "curves_stopping", "peers",
+    "tune_methods",
     "estimator_scores",
 )  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
-    from benchmarks import command
+    from benchmarks import command, peers
 
+    if argv and argv[0] == "peers":
+        return peers.main(argv[1:])
     if argv and (argv[0] in command.COMMANDS or argv[0].startswith("-")):
         return command.main(argv)
     return checks(argv)
@@ -44,7 +47,11 @@ def checks(names: list[str]) -> int:
     unknown = [name for name in names if name not in NAMES + LONG]
     if unknown:
         known = ", ".join((*NAMES, *LONG))
-        sys.exit(f"error: no benchmark {', '.join(unknown)}; choose from: {known}; or study, report")
+        print(
+            f"error: no benchmark {', '.join(unknown)}; choose from: {known}; or list, run, report, compare",
+            file=sys.stderr,
+        )
+        return 2
     print(machine.summary())
     for name in names or NAMES:
         print(f"\n== {name}", flush=True)

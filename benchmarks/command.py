@@ -1,4 +1,4 @@
-"""The commands ``study`` and ``report`` of ``python -m benchmarks``."""
+"""The command ``bilevel bench``, by another door ``python -m benchmarks``: list, run, report, compare."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import runner
-from benchmarks.arms import ARMS
+from benchmarks import catalogue, runner
+from benchmarks.catalogue import SIZES
+from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
-from benchmarks.rows import Job, Row, StudyError
+from benchmarks.rows import FAILED, Job, Row, StudyError
 from benchmarks.study import Request, Study
 
-# "work" is what "study" starts; it takes the same arguments.
-COMMANDS = ("study", "report", "work")
+# "work" is what "run" starts; it takes the same arguments.
+COMMANDS = ("list", "run", "report", "compare", "work")
 _ROOT = Path(__file__).parents[1]
 
 
@@ -28,10 +29,13 @@ def main(argv: Sequence[str]) -> int:
     """Run a command; its exit status."""
     args = _parser().parse_args(argv)
     try:
-        return {"study": _study, "work": _work, "report": _report}[args.command](args)
+        return _DO[args.command](args)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
+    except BrokenPipeError:  # whoever reads has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted; the same command again goes on where this one ended", file=sys.stderr)
         return 130
@@ -40,33 +44,51 @@ def main(argv: Sequence[str]) -> int:
 # --- The command line -------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for what is wrong, and where the rest stands."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks",
-        description="Compare ways to tune. Without a command: run the checks, all or those named.",
+    parser = _Parser("bilevel bench", description="Compare ways to tune, at equal time.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,run,report,compare}")
+    commands.add_parser("list", help="problems, methods and sizes")
+    _add_run(commands.add_parser("run", help="run methods on problems and store what they found"))
+    _add_run(commands.add_parser("work"))
+    report = commands.add_parser("report", help="tables, and a page to look at in a browser")
+    report.add_argument("folder", type=Path, metavar="DIR", help="of a run")
+    report.add_argument(
+        "--output", type=_page, metavar="FILE", help="the page (.html; default: report.html in DIR)"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{study,report}")
-    _add_study(commands.add_parser("study", help="run arms on problems and store what they found"))
-    _add_study(commands.add_parser("work"))
-    report = commands.add_parser("report", help="tables and a picture of a study")
-    report.add_argument("out", type=Path, metavar="FOLDER", help="of the study")
-    report.add_argument("--plot", type=_picture, metavar="FILE", help="a picture too (.png, .pdf or .svg)")
+    compare = commands.add_parser("compare", help="what changed from one run to another")
+    compare.add_argument("folders", nargs=2, type=Path, metavar="DIR", help="of a run")
     return parser
 
 
-def _add_study(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Every arm on every problem, once for each seed; goes on where it was interrupted."
-    given = "(default: %(default)s)"
-    add = parser.add_argument
-    for name, known in (("--problems", PROBLEMS), ("--arms", ARMS)):
-        text = f"some of {', '.join(known)} (default: all)"
-        add(name, nargs="+", choices=known, default=list(known), metavar="NAME", help=text)
-    add(
-        "--seeds", nargs="+", type=_seed, default=[0], metavar="N", help="of splits and searches (default: 0)"
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Every method on every problem, once for each seed; goes on where it was interrupted. What is not "
+        "given is that of the size."
     )
-    add("--seconds", type=_seconds, default=5.0, metavar="S", help=f"of a run, without compilation {given}")
-    add("--workers", type=_workers, default=1, metavar="N", help=f"processes; they share the cores {given}")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="a new one, or that of a study to go on")
+    add = parser.add_argument
+    size = parser.add_mutually_exclusive_group()
+    for name, text in (("quick", "minutes, the default"), ("full", "hours: more of everything")):
+        size.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=text)
+    parser.set_defaults(size="quick")
+    for name, known in (("--problems", PROBLEMS), ("--methods", METHODS)):
+        add(name, nargs="+", choices=known, metavar="NAME", help=f"some of {', '.join(known)}")
+    add("--seeds", nargs="+", type=_seed, metavar="N", help="of data and searches")
+    add("--seconds", type=_seconds, metavar="S", help="of a run, without compilation")
+    add(
+        "--workers",
+        type=_workers,
+        default=2,
+        metavar="N",
+        help="processes; they share the cores (default: 2)",
+    )
+    add("--output", type=Path, required=True, metavar="DIR", help="a new folder, or that of a run to go on")
 
 
 def _seed(text: str) -> int:
@@ -93,45 +115,56 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _picture(text: str) -> Path:
+def _page(text: str) -> Path:
     path = Path(text)
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise argparse.ArgumentTypeError(f"{text!r} must end in .png, .pdf or .svg")
+    if path.suffix.lower() != ".html":
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .html")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{str(path.parent)!r} is not a folder")
     return path
 
 
-def _request(args: argparse.Namespace) -> Request:
-    return Request(*(tuple(dict.fromkeys(given)) for given in (args.problems, args.arms, args.seeds)))
+def _request(args: argparse.Namespace) -> tuple[Request, float]:
+    """What is asked for, each name once, and the seconds of a run."""
+    size = SIZES[args.size]
+    given = (getattr(args, name) or getattr(size, name) for name in ("problems", "methods", "seeds"))
+    return Request(*(tuple(dict.fromkeys(names)) for names in given)), args.seconds or size.seconds
 
 
 def _command(name: str, args: argparse.Namespace, out: Path) -> list[str]:
-    """The arguments of a Python interpreter that mean the same."""
-    request = _request(args)
+    """The arguments after ``bilevel bench`` that mean the same."""
+    request, seconds = _request(args)
     return [
-        "-m", "benchmarks", name,
+        name,
         "--problems", *request.problems,
-        "--arms", *request.arms,
+        "--methods", *request.methods,
         "--seeds", *map(str, request.seeds),
-        "--seconds", repr(args.seconds),
+        "--seconds", repr(seconds),
         "--workers", str(args.workers),
-        "--out", str(out),
+        "--output", str(out),
     ]  # fmt: skip
 
 
 # --- What they do -----------------------------------------------------------------------------------------
 
 
-def _study(args: argparse.Namespace) -> int:
-    request, study = _request(args), Study(args.out)
-    for arm in request.arms:
-        ARMS[arm].check()
-    study.ask(request, args.seconds)
-    missing = [job for job in request.jobs() if job not in study.rows()]
-    print(f"{len(missing)} of {len(request.jobs())} jobs to do in {args.out}", flush=True)
+def _list(args: argparse.Namespace) -> int:
+    del args
+    catalogue.show()
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    (request, seconds), study = _request(args), Study(args.output)
+    catalogue.check_extras()
+    for method in request.methods:
+        METHODS[method].check()
+    study.ask(request, seconds)
+    jobs = request.jobs()
+    missing = [job for job in jobs if job not in study.rows()]
+    print(f"{len(missing)} of {len(jobs)} jobs to do in {args.output}", flush=True)
     workers = min(args.workers, len(missing))
-    command = [sys.executable, *_command("work", args, args.out.resolve())]
+    command = [sys.executable, "-m", "benchmarks", *_command("work", args, args.output.resolve())]
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(_start(command)) for _ in range(workers)]
         dead = [worker.returncode for worker in running if worker.wait() != 0]
@@ -141,6 +174,8 @@ def _study(args: argparse.Namespace) -> int:
             f"{len(dead)} of {workers} workers died (status {statuses}); the rows that are there are good. "
             "Run the same command again for the others."
         )
+    if failed := [job for job, row in study.rows().items() if job in jobs and row.status == FAILED]:
+        print(f"{len(failed)} jobs failed, the report says why: {failed[0]} ...", file=sys.stderr)
     return 0
 
 
@@ -151,10 +186,13 @@ def _start(command: list[str]) -> subprocess.Popen:
 
 def _work(args: argparse.Namespace) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    command = shlex.join(["python", *_command("study", args, args.out)])
+    (request, seconds), command = (
+        _request(args),
+        shlex.join(["bilevel", "bench", *_command("run", args, args.output)]),
+    )
 
     def run(job: Job) -> Row:
-        row = runner.run(job, args.seconds, command)
+        row = runner.run(job, seconds, command)
         print(
             f"  {job}: solved {row.solved:.6g} in {row.run_seconds:.2f} s "
             f"and {row.compile_seconds:.2f} s of compilation, {row.status}",
@@ -162,7 +200,7 @@ def _work(args: argparse.Namespace) -> int:
         )
         return row
 
-    Study(args.out).work(_request(args).jobs(), run)
+    Study(args.output).work(request.jobs(), run)
     return 0
 
 
@@ -172,12 +210,29 @@ def _end_with_parent() -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from benchmarks import report
+    from benchmarks import page, report
 
-    report.show(Study(args.out))
-    if args.plot is not None:
-        from benchmarks import picture
-
-        picture.save(Study(args.out), args.plot)
-        print(f"\nThe picture is in {args.plot}.")
+    study = _opened(args.folder)
+    report.show(study)
+    path = args.output or args.folder / "report.html"
+    page.save(study, path)
+    print(f"\nThe page is {path}.")
     return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from benchmarks import compare
+
+    compare.show(*map(_opened, args.folders))
+    return 0
+
+
+def _opened(folder: Path) -> Study:
+    """A study to be read; says what of it is left out."""
+    study = Study(folder)
+    if lost := study.half_written():
+        print(f"{study.rows_path}: a half-written last row ({lost} bytes) is left out.", file=sys.stderr)
+    return study
+
+
+_DO = {"list": _list, "run": _run, "work": _work, "report": _report, "compare": _compare}

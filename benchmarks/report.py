@@ -1,64 +1,59 @@
-"""What the rows of a study say: a table for each problem."""
+"""What the rows of a study say, for the terminal: a table for each problem."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.arms import ARMS
 from benchmarks.measure import table
-from benchmarks.problems import PROBLEMS
-from benchmarks.rows import Row, StudyError
-from benchmarks.study import Request, Study
+from benchmarks.rows import Job, Row
+from benchmarks.study import Study
+from benchmarks.summary import (
+    WITHIN,
+    Entry,
+    bad,
+    by_problem,
+    entries,
+    in_order,
+    middle,
+    percent,
+    verdict,
+)
 
-WITHIN = 0.02
-LEGEND = f"""solved: outer value after accurate training at what was found, median (lowest to highest) over
-the seeds; the best arm has the lowest. s to {WITHIN:.0%}: seconds until accurate training at what was found
-is within {WITHIN:.0%} of what the best arm reaches on that seed, median, and on how many seeds it is."""
+LEGEND = f"""solved: outer value after accurate training at what was found, median (lowest to highest)
+over the seeds. above: of it over the lowest known of its seed, median. s to {percent(WITHIN)}: seconds
+until accurate training at what was found is within {percent(WITHIN)} of the lowest known and stays so,
+median, and on how many seeds."""
 
 
-def in_order(names: Iterable[str], order: Iterable[str]) -> list[str]:
-    """Each name once, known ones first and in their order."""
-    names = set(names)
-    return [name for name in order if name in names] + sorted(names - set(order))
-
-
-def arms_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each arm."""
-    return {arm: [row for row in rows if row.arm == arm] for arm in in_order((r.arm for r in rows), ARMS)}
-
-
-def problems_of(study: Study) -> dict[str, list[Row]]:
-    """The rows of each problem.
-
-    Raises:
-      StudyError: there are none.
-    """
-    rows = list(study.rows().values())
-    if not rows:
-        raise StudyError(f"{study.folder} has no rows yet.")
-    names = in_order((row.problem for row in rows), PROBLEMS)
-    return {name: [row for row in rows if row.problem == name] for name in names}
+def jobs_of(study: Study) -> list[Job]:
+    """All that was asked, each once."""
+    return list(dict.fromkeys(job for request in study.settings()[1] for job in request.jobs()))
 
 
 def show(study: Study) -> None:
     """Print the report."""
-    seconds, asked = study.settings()
-    problems = problems_of(study)
+    seconds, jobs = study.settings()[0], jobs_of(study)
+    problems = by_problem(study)
     rows = [row for of_problem in problems.values() for row in of_problem]
-    jobs = {job for request in asked for job in request.jobs()}
-    done = len(jobs & {row.job for row in rows})
-    print(f"{study.folder}: {done} of {len(jobs)} jobs done, {seconds:g} s a run")
-    for line in _where(rows):
+    print(f"{study.folder}: {len({*jobs} & {row.job for row in rows})} of {len(jobs)} jobs done, "
+          f"{seconds:g} s a run")  # fmt: skip
+    for line in where(rows):
         print(line)
     print(LEGEND)
     for name, of_problem in problems.items():
+        found = entries(of_problem, jobs)
         print(f"\n== {name}")
-        _show_problem(of_problem, asked)
+        table(*tabulated(found))
+        print(verdict(found))
+    if wrong := bad(rows):
+        print(f"\n{len(wrong)} runs failed, diverged or found no value:")
+        for row in wrong:
+            print(f"  {row.job}: {row.status}. {row.message}")
 
 
-def _where(rows: Sequence[Row]) -> list[str]:
+def where(rows: Sequence[Row]) -> list[str]:
     """A line for each machine and commit that rows come from."""
     found: dict[tuple, list[float]] = {}
     for row in rows:
@@ -72,62 +67,46 @@ def _where(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _show_problem(rows: Sequence[Row], asked: Sequence[Request]) -> None:
-    arms = arms_of(rows)
-    best = best_arm(arms)
-    targets = {row.seed: row.solved + WITHIN * abs(row.solved) for row in arms[best]}
-    metrics = in_order((name for row in rows for name in row.metrics), ())
-    jobs = {job for request in asked for job in request.jobs()}
-    lines = []
-    for arm, of_arm in arms.items():
-        wanted = sum((job.problem, job.arm) == (rows[0].problem, arm) for job in jobs)
-        times = [time_to(row, targets[row.seed]) for row in of_arm if row.seed in targets]
-        measured = [[row.metrics.get(name, np.nan) for row in of_arm] for name in metrics]
-        lines.append(
-            (arm, f"{len(of_arm)}/{wanted}", _median(row.compile_seconds for row in of_arm),
-             _median(row.run_seconds for row in of_arm), _spread([row.solved for row in of_arm]),
-             _gap(of_arm), _median(row.test for row in of_arm), *map(_median, measured), _time(times),
-             _endings(of_arm))
-        )  # fmt: skip
-    header = ("arm", "seeds", "compile s", "run s", "solved", "gap", "test", *metrics,
-              f"s to {WITHIN:.0%}", "ended by")  # fmt: skip
-    table(header, lines)
+def tabulated(found: Sequence[Entry]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Header and lines of the table of one problem."""
+    metrics = in_order((name for entry in found for row in entry.rows for name in row.metrics), ())
+    header = ("method", "seeds", "compile s", "run s", "solved", "above", "test", *metrics,
+              f"s to {percent(WITHIN)}", "ended by")  # fmt: skip
+    lines = [
+        (
+            entry.method, f"{len(entry.rows)}/{entry.asked}", number(entry.middle("compile_seconds")),
+            number(entry.middle("run_seconds")), _spread([row.solved for row in entry.rows]),
+            percent(middle(entry.excess)), number(entry.middle("test")),
+            *(number(metric(entry, name)) for name in metrics), _time(entry.seconds), endings(entry),
+        )
+        for entry in found
+    ]  # fmt: skip
+    return header, lines
 
 
-def best_arm(arms: dict[str, list[Row]]) -> str:
-    """The arm with the lowest median of solved values; what is not a number is worst."""
-    return min(arms, key=lambda arm: np.median(np.nan_to_num([r.solved for r in arms[arm]], nan=np.inf)))
+def metric(entry: Entry, name: str) -> float:
+    """The median of a metric over the runs that have it."""
+    return middle([row.metrics[name] for row in entry.rows if name in row.metrics])
 
 
-def time_to(row: Row, target: float) -> float:
-    """Seconds until accurate training gives at most the target; inf if it never does."""
-    return next((point.seconds for point in row.curve if point.solved <= target), float("inf"))
-
-
-def _median(values: Iterable[float]) -> str:
-    return f"{np.median(list(values)):.3g}"
+def number(value: float, digits: int = 3) -> str:
+    """As short as it can be; a dash for what there is not."""
+    return f"{value:.{digits}g}" if np.isfinite(value) else "-"
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{np.median(values):.5g} ({min(values):.5g} to {max(values):.5g})"
+    return f"{np.median(values):.5g} ({min(values):.5g} to {max(values):.5g})" if values else "-"
 
 
-def _gap(rows: Sequence[Row]) -> str:
-    gaps = [(row.solved - row.optimum) / abs(row.optimum) for row in rows if row.optimum]
-    # The sum with zero makes -0 a 0.
-    return f"{round(100 * float(np.median(gaps)), 2) + 0.0:.4g} %" if gaps else "-"
-
-
-def _time(times: Sequence[float]) -> str:
-    reached = sum(map(np.isfinite, times))
+def _time(times: np.ndarray) -> str:
+    reached = np.isfinite(times).sum()
     if not reached:
-        return "never"
+        return "never" if len(times) else "-"
     middle = np.median(times)
     return f"{middle:.3g} ({reached}/{len(times)})" if np.isfinite(middle) else f"({reached}/{len(times)})"
 
 
-def _endings(rows: Sequence[Row]) -> str:
-    statuses = [row.status for row in rows]
-    return ", ".join(
-        f"{statuses.count(s)} {s}" if len(set(statuses)) > 1 else s for s in sorted(set(statuses))
-    )
+def endings(entry: Entry) -> str:
+    """How many runs ended how."""
+    several = len(entry.statuses) > 1
+    return ", ".join(f"{count} {name}" if several else name for name, count in sorted(entry.statuses.items()))

@@ -1,4 +1,4 @@
-"""Rows of a study: one JSON object a line, for each finished job (problem, arm, seed).
+"""Rows of a study: one JSON object a line, for each finished job (problem, method, seed).
 
 The JSON is strict: numbers that are not finite are the strings "nan", "inf" and "-inf", and null stands for
 what is not known. What is read is checked field by field.
@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SCHEMA = 1
+SCHEMA = 2
+# Statuses of rows without a result: the method cannot tune the problem, or raised.
+REFUSED, FAILED = "REFUSED", "FAILED"
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 
@@ -25,17 +27,17 @@ class Job(NamedTuple):
     """What one row is about."""
 
     problem: str
-    arm: str
+    method: str
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.problem}, {self.arm}, seed {self.seed}"
+        return f"{self.problem}, {self.method}, seed {self.seed}"
 
 
 class CurvePoint(NamedTuple):
-    """An arm's state at a time.
+    """A method's state at a time.
 
-    ``seconds``: since its timed run began. ``examples``: touched until then. ``value``: what the arm
+    ``seconds``: since its timed run began. ``examples``: touched until then. ``value``: what the method
     measured, and ``best`` of it so far. ``solved``: the outer value after accurate training at the
     hyperparameters it has then, of a search the best so far; nan where it was not measured.
     """
@@ -114,7 +116,7 @@ class Row:
     """One finished job.
 
     Args:
-      problem: its name; ``arm`` and ``seed`` likewise.
+      problem: its name; ``method`` and ``seed`` likewise.
       seconds: the budget of the timed run.
       commit: of the working tree.
       command: the command line of the study.
@@ -122,7 +124,7 @@ class Row:
       started: ISO 8601, UTC.
       compile_seconds: the first call, less a repeat of the same work.
       run_seconds: of the timed run; ends of steps and of configurations overrun the budget a little.
-      status: a name of `bilevel.Status`, or "TIME" where the time ended the run.
+      status: a name of `bilevel.Status`, "TIME" where the time ended the run, or `REFUSED` or `FAILED`.
       message: why it ended, in a sentence.
       curve: at most 200 points, closest at the start.
       value: the best value of the curve.
@@ -132,7 +134,7 @@ class Row:
     """
 
     problem: str = _field(_text)
-    arm: str = _field(_text)
+    method: str = _field(_text)
     seed: int = _field(_whole)
     seconds: float = _field(_number)
     commit: str = _field(_text)
@@ -153,7 +155,7 @@ class Row:
     @property
     def job(self) -> Job:
         """What the row is about."""
-        return Job(self.problem, self.arm, self.seed)
+        return Job(self.problem, self.method, self.seed)
 
 
 def _read(kind: type, value) -> Any:

@@ -71,5 +71,5 @@ def check_optuna() -> None:
         import optuna  # noqa: F401
     except ImportError:
         raise StudyError(
-            "the arm optuna needs optuna, which is missing; install it with: pip install 'bilevel[bench]'."
+            "the method optuna needs optuna, which is missing; install it with: pip install -e '.[bench]'."
         ) from None

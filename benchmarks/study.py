@@ -26,12 +26,12 @@ class Request:
     """What one command asks for: every combination."""
 
     problems: tuple[str, ...]
-    arms: tuple[str, ...]
+    methods: tuple[str, ...]
     seeds: tuple[int, ...]
 
     def jobs(self) -> list[Job]:
-        """The arms of a problem follow one another, so that they meet the machine in a like state."""
-        return [Job(p, a, s) for s, p, a in itertools.product(self.seeds, self.problems, self.arms)]
+        """The methods of a problem follow one another, so that they meet the machine in a like state."""
+        return [Job(p, m, s) for s, p, m in itertools.product(self.seeds, self.problems, self.methods)]
 
 
 @contextlib.contextmanager
@@ -148,6 +148,15 @@ class Study:
         self._read["rows"] = at + data.rfind(b"\n") + 1, found
         return dict(found)
 
+    def half_written(self) -> int:
+        """Bytes of a last row whose writer was killed; `rows` leaves it out, `append` cuts it off."""
+        try:
+            with locked(self.rows_path, "rb", fcntl.LOCK_SH) as file:
+                data = file.read()
+        except OSError:
+            return 0  # which `rows` has words for
+        return len(data) - data.rfind(b"\n") - 1
+
     def append(self, row: Row) -> None:
         """Add a row, and wait until it is on the disk."""
         line = to_line(row).encode()
@@ -175,7 +184,7 @@ class Study:
     def claimed(self, job: Job, wait: bool):
         """A context in which nobody else works on the job; None where somebody does and we do not wait."""
         kind = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-        return locked(self.claims / f"{job.problem}.{job.arm}.{job.seed}", "ab", kind)
+        return locked(self.claims / f"{job.problem}.{job.method}.{job.seed}", "ab", kind)
 
     def work(self, jobs: Sequence[Job], run: Callable[[Job], Row]) -> None:
         """Run what is not done; returns when all jobs are, also those that others had begun."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.arms import solve
+from benchmarks.found import solve
 from benchmarks.problems import PROBLEMS, cleaning, quadratic, ridge
 from bilevel.constraints import bind
 
@@ -31,7 +31,7 @@ def fold_values(train, valid, grid):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_what_every_task_promises(name):
-    task, again, other = PROBLEMS[name](0), PROBLEMS[name](0), PROBLEMS[name](1)
+    task, again, other = PROBLEMS[name].make(0), PROBLEMS[name].make(0), PROBLEMS[name].make(1)
     assert task.name == name
     assert task.problem is other.problem
     assert 200 <= task.steps <= 500
@@ -51,7 +51,7 @@ def test_what_every_task_promises(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_solver_trains_accurately(name):
-    task = PROBLEMS[name](0)
+    task = PROBLEMS[name].make(0)
     for hparams in (task.hparams, task.spread(middle(task))):
         value, residual = value_at(task, hparams)
         assert np.isfinite(value)
@@ -69,14 +69,14 @@ def test_ridge_optimum_is_the_lowest_of_a_fine_grid(seed):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_kfold_optimum_is_the_lowest_mean_of_the_folds(seed):
-    task, grid = PROBLEMS["kfold"](seed), np.geomspace(1e-6, 1e4, 2001)
+    task, grid = PROBLEMS["kfold"].make(seed), np.geomspace(1e-6, 1e4, 2001)
     folds = [jax.tree.map(lambda x, i=i: x[i], (task.train, task.valid)) for i in range(5)]
     values = np.mean([fold_values(*fold, grid) for fold in folds], axis=0)
     assert task.optimum == pytest.approx(values.min(), rel=1e-5)
 
 
 def test_folds_share_no_row_and_cover_all():
-    task = PROBLEMS["kfold"](0)
+    task = PROBLEMS["kfold"].make(0)
     assert task.train["x"].shape == (5, 120, 10)
     assert task.valid["x"].shape == (5, 30, 10)
     assert task.test["x"].shape == (5, 292, 10)
@@ -113,7 +113,7 @@ def test_half_of_the_labels_are_wrong():
     noisy = cleaning.corrupted(labels, np.random.default_rng(0))
     assert np.sum(noisy != labels) == 400
     assert set(noisy) == set(range(10))
-    task = PROBLEMS["cleaning"](0)
+    task = PROBLEMS["cleaning"].make(0)
     assert task.train["x"].shape == (800, 64)
     value, metrics = task.problem.outer(task.params, task.hparams, task.test)
     assert float(value) == pytest.approx(np.log(10), rel=1e-5)

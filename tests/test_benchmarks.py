@@ -1,4 +1,4 @@
-"""The runner of the studies: arms, rows, a folder that survives kill -9, and what the commands say."""
+"""The runner of the studies: methods, rows, a folder that survives kill -9, and what the commands say."""
 
 import dataclasses
 import fcntl
@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as entry
-from benchmarks import command, picture, report, runner, search
-from benchmarks.arms import ARMS
+from benchmarks import command, runner, search
+from benchmarks.methods import METHODS
 from benchmarks.problems import PROBLEMS
 from benchmarks.rows import CurvePoint, Job, Machine, Row, StudyError, from_line, parse, to_line
 from benchmarks.study import Request, Study
@@ -36,7 +36,7 @@ def row(job: Job = FIRST, **changes) -> Row:
         *job,
         seconds=0.2,
         commit="abc",
-        command="python -m benchmarks study",
+        command="bilevel bench run",
         machine=Machine("3.11", "0.10", "cpu", 2, "a processor", 0.5),
         started="2026-01-01T00:00:00+00:00",
         compile_seconds=1.5,
@@ -77,7 +77,7 @@ def test_rows_survive_a_round_trip():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema 2 is not known, only 1"),
+        ({"schema": 1}, "schema 1 is not known, only 2"),
         ({"seed": 0.5}, "field 'seed' must be a whole number, got 0.5"),
         ({"seed": True}, "field 'seed' must be a whole number, got True"),
         ({"value": None}, 'field \'value\' must be a number, "nan", "inf" or "-inf", got None'),
@@ -108,7 +108,7 @@ def test_a_wrong_field_is_named_with_its_file_and_line(change, message):
         (b"[]\n", "not an object"),
         (b'{"schema": NaN}\n', "not JSON (NaN is no number)"),
         (b"{}\n", "schema None is not known"),
-        (b'{"schema": 1}\n', "no field 'arm'"),
+        (b'{"schema": 2}\n', "no field 'command'"),
         (b"\xff\n", "codec can't decode"),
         (to_line(row()).encode(), "a second row of ridge, random, seed 0"),
     ],
@@ -120,7 +120,7 @@ def test_a_malformed_line_is_named(line, message):
     assert message in str(error.value)
 
 
-# --- Searches and arms ------------------------------------------------------------------------------------
+# --- Searches and methods ---------------------------------------------------------------------------------
 
 
 def proposed(propose, n):
@@ -149,19 +149,19 @@ def test_searches_stay_in_the_box_and_follow_the_seed(propose):
     assert len(np.unique(logs, axis=0)) == 200
 
 
-def checked(arm: str):
-    if arm == "optuna":
+def checked(method: str):
+    if method == "optuna":
         pytest.importorskip("optuna")
-    return ARMS[arm]
+    return METHODS[method]
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_an_arm_compiles_before_its_time_begins_and_its_best_value_falls(arm, compiled):
-    arm, task = checked(arm), PROBLEMS["ridge"](0)
-    arm.check()
-    assert arm.warm_up(task) >= 0
+@pytest.mark.parametrize("method", ["default", "implicit", "soba", "maid", "random", "optuna"])
+def test_a_method_compiles_before_its_time_begins_and_its_best_value_falls(method, compiled):
+    method, task = checked(method), PROBLEMS["ridge"].make(0)
+    method.check()
+    assert method.warm_up(task) >= 0
     compiled()
-    found = arm.run(task, 0.2, 0)
+    found = method.run(task, 0.2, 0)
     assert compiled() == 0
     seconds, examples, value, best = found.curve.T
     assert np.all(np.diff(seconds) > 0)
@@ -174,7 +174,9 @@ def test_an_arm_compiles_before_its_time_begins_and_its_best_value_falls(arm, co
     assert len(curve) <= 200
     assert (curve[0].seconds, curve[-1].seconds) == (seconds[0], seconds[-1])
     solved, test, metrics = runner.judged(task, found.candidates)
-    assert solved == pytest.approx(task.optimum, rel=1e-3)
+    assert solved >= task.optimum * (1 - 1e-6)
+    if found.status != "TIME":  # how far others come depends on the machine
+        assert solved == pytest.approx(task.optimum, rel=1e-3)
     assert min(point.solved for point in curve if not np.isnan(point.solved)) <= solved * (1 + 1e-6)
     if found.later is not None and found.marked > 0:
         marked = float(found.later([found.marked])[0]["l2"])
@@ -183,11 +185,11 @@ def test_an_arm_compiles_before_its_time_begins_and_its_best_value_falls(arm, co
     assert metrics == {}
 
 
-def test_a_gradient_arm_stops_at_its_time_and_repeats_itself_for_many_hyperparameters():
-    task = dataclasses.replace(PROBLEMS["quadratic"](0), steps=10**6)
-    arm = ARMS["default"]
-    arm.warm_up(task)
-    found = arm.run(task, 0.2, 0)
+def test_a_gradient_method_stops_at_its_time_and_repeats_itself_for_many_hyperparameters():
+    task = dataclasses.replace(PROBLEMS["quadratic"].make(0), steps=10**6)
+    method = METHODS["default"]
+    method.warm_up(task)
+    found = method.run(task, 0.2, 0)
     assert found.status == "TIME"
     assert 0.2 <= found.seconds < 3.0
     last = len(found.curve) - 1
@@ -197,14 +199,14 @@ def test_a_gradient_arm_stops_at_its_time_and_repeats_itself_for_many_hyperparam
 
 
 def test_a_search_survives_values_that_are_no_numbers():
-    task, calls = PROBLEMS["ridge"](0), []
+    task, calls = PROBLEMS["ridge"].make(0), []
 
     def spread(values):
         calls.append(values)
         return {"l2": np.float32(math.nan if len(calls) in (1, 3) else values["l2"])}
 
-    ARMS["random"].warm_up(task)
-    found = ARMS["random"].run(dataclasses.replace(task, spread=spread), 0.2, 0)
+    METHODS["random"].warm_up(task)
+    found = METHODS["random"].run(dataclasses.replace(task, spread=spread), 0.2, 0)
     assert np.isnan(found.curve[[0, 2], 2]).all()
     assert np.isinf(found.curve[0, 3])
     assert np.isfinite(found.curve[1:, 3]).all()
@@ -213,23 +215,43 @@ def test_a_search_survives_values_that_are_no_numbers():
 
 
 def test_an_interrupted_run_is_no_result():
-    task = dataclasses.replace(PROBLEMS["quadratic"](0), steps=10**6)
-    arm = ARMS["default"]
-    arm.warm_up(task)
+    task = dataclasses.replace(PROBLEMS["quadratic"].make(0), steps=10**6)
+    method = METHODS["default"]
+    method.warm_up(task)
     timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        arm.run(task, 60.0, 0)
+        method.run(task, 60.0, 0)
     timer.join()
 
 
 def test_recorded_hyperparameters_are_those_after_the_step():
-    task, arm = PROBLEMS["ridge"](0), ARMS["default"]
-    found = arm.run(task, 5.0, 0)
+    task, method = PROBLEMS["ridge"].make(0), METHODS["default"]
+    found = method.run(task, 5.0, 0)
     assert found.status == "BUDGET"
     for point, recorded in zip((0, 6, 199), found.later([0, 6, 199]), strict=True):
-        again = arm._again(task, [point])[0]
+        again = method._again(task, 0, [point])[0]
         assert float(recorded["l2"]) == pytest.approx(float(again["l2"]), rel=1e-6)
+
+
+def test_a_row_says_what_a_method_refuses_and_how_it_fails():
+    class Broken:
+        def check(self):
+            pass
+
+        def refusal(self, task):
+            return ""
+
+        def warm_up(self, task):
+            raise ValueError("no start")
+
+    refused = runner.run(Job("kfold", "soba", 0), 0.2, "a command")
+    assert (refused.status, refused.curve) == ("REFUSED", ())
+    assert refused.message.startswith("The data of this problem only make sense whole")
+    assert METHODS["maid"].refusal(PROBLEMS["logistic"].make(0)).startswith("The constants of this problem")
+    failed = runner.run(Job("ridge", "broken", 1), 0.2, "a command", {"broken": Broken()})
+    assert (failed.status, failed.message) == ("FAILED", "ValueError: no start")
+    assert repr(from_line(to_line(failed))) == repr(failed)
 
 
 def test_a_curve_is_thinned_more_and_more():
@@ -244,7 +266,7 @@ def test_a_curve_is_thinned_more_and_more():
 
 ASKED = Request(("ridge", "mlp"), ("random", "grid", "default"), tuple(range(8)))
 JOBS = ASKED.jobs()
-# Without the arms: short jobs, so that there are many moments to be killed at.
+# Without the methods: short jobs, so that there are many moments to be killed at.
 WORKER = """
 import dataclasses, pathlib, sys, time
 sys.path.insert(0, sys.argv[2])
@@ -253,7 +275,7 @@ from benchmarks.study import Request, Study
 like = from_line(pathlib.Path(sys.argv[3]).read_text())
 def run(job):
     time.sleep(0.02)
-    return dataclasses.replace(like, problem=job.problem, arm=job.arm, seed=job.seed)
+    return dataclasses.replace(like, problem=job.problem, method=job.method, seed=job.seed)
 jobs = Request(("ridge", "mlp"), ("random", "grid", "default"), range(8)).jobs()
 Study(pathlib.Path(sys.argv[1])).work(jobs, run)
 """
@@ -375,39 +397,46 @@ def said(capsys, *argv: str) -> tuple[int, str]:
     ("argv", "message"),
     [
         (
-            "study --problems rigde",
+            "run --problems rigde",
             "argument --problems: invalid choice: 'rigde' (choose from 'ridge', 'logi",
         ),
-        ("study --arms best", "argument --arms: invalid choice: 'best' (choose from 'default', 'fixed'"),
-        ("study --seeds 0 -1", "argument --seeds: '-1' is not a whole number from 0 on"),
-        ("study --seeds 1.5", "argument --seeds: '1.5' is not a whole number from 0 on"),
-        ("study --seeds x", "argument --seeds: 'x' is not a whole number from 0 on"),
-        ("study --seconds 0", "argument --seconds: '0' is not a positive number of seconds"),
-        ("study --seconds nan", "argument --seconds: 'nan' is not a positive number of seconds"),
-        ("study --seconds inf", "argument --seconds: 'inf' is not a positive number of seconds"),
-        ("study --seconds soon", "argument --seconds: 'soon' is not a positive number of seconds"),
-        ("study --workers 0", "argument --workers: '0' is not a whole number from 1 on"),
-        ("report x --plot here.txt", "argument --plot: 'here.txt' must end in .png, .pdf or .svg"),
-        ("report x --plot nowhere/x.png", "argument --plot: 'nowhere' is not a folder"),
+        (
+            "run --methods best",
+            "argument --methods: invalid choice: 'best' (choose from 'default', 'implicit'",
+        ),
+        ("run --seeds 0 -1", "argument --seeds: '-1' is not a whole number from 0 on"),
+        ("run --seeds 1.5", "argument --seeds: '1.5' is not a whole number from 0 on"),
+        ("run --seeds x", "argument --seeds: 'x' is not a whole number from 0 on"),
+        ("run --seconds 0", "argument --seconds: '0' is not a positive number of seconds"),
+        ("run --seconds nan", "argument --seconds: 'nan' is not a positive number of seconds"),
+        ("run --seconds inf", "argument --seconds: 'inf' is not a positive number of seconds"),
+        ("run --seconds soon", "argument --seconds: 'soon' is not a positive number of seconds"),
+        ("run --workers 0", "argument --workers: '0' is not a whole number from 1 on"),
+        ("run --quick --full", "argument --full: not allowed with argument --quick"),
+        ("report x --output here.txt", "argument --output: 'here.txt' must end in .html"),
+        ("report x --output nowhere/x.html", "argument --output: 'nowhere' is not a folder"),
+        ("compare x", "the following arguments are required: DIR"),
     ],
 )
 def test_wrong_arguments(argv, message, tmp_path, capsys):
-    out = ["--out", str(tmp_path / "out")] if argv.startswith("study") else []
+    out = ["--output", str(tmp_path / "out")] if argv.startswith("run") else []
     status, text = said(capsys, *argv.split(), *out)
     assert status == 2
     # Newer versions of argparse leave some quotation marks out.
     assert message.replace("'", "") in text.replace("'", "")
+    assert text.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_study_needs_a_folder(capsys):
-    status, text = said(capsys, "study")
+def test_run_needs_a_folder(capsys):
+    status, text = said(capsys, "run")
     assert status == 2
-    assert "the following arguments are required: --out" in text
+    assert "the following arguments are required: --output" in text
 
 
 def asked(out: Path, *more: str) -> list[str]:
-    return ["study", "--problems", "ridge", "--arms", "random", "--seconds", "0.2", "--out", str(out), *more]
+    argv = "run --problems ridge --methods random --seeds 0 --seconds 0.2 --workers 1 --output"
+    return [*argv.split(), str(out), *more]
 
 
 def test_folders_that_cannot_be_used(tmp_path, capsys):
@@ -415,7 +444,7 @@ def test_folders_that_cannot_be_used(tmp_path, capsys):
     file.write_text("mine")
     for out in (file, file / "inside", Path("/proc/study")):
         status, text = said(capsys, *asked(out))
-        assert status == 1
+        assert status == 2
         assert text.startswith(f"error: the folder {out} cannot be made or written: ")
     assert file.read_text() == "mine"
 
@@ -424,51 +453,42 @@ def test_damaged_studies(tmp_path, capsys):
     study = Study(tmp_path)
     for argv in (("report", str(tmp_path)), ("report", str(tmp_path / "missing"))):
         status, text = said(capsys, *argv)
-        assert status == 1
+        assert status == 2
         assert text.startswith(f"error: {argv[1]} holds no study (")
     study.rows_path.write_text(to_line(row()))
     assert "is there, but not" in said(capsys, *asked(tmp_path))[1]
     for settings in ("{", "[]", '{"schema": 1}', '{"schema": 9}'):
         study.settings_path.write_text(settings)
         status, text = said(capsys, *asked(tmp_path))
-        assert status == 1
+        assert status == 2
         assert text.startswith(f"error: {study.settings_path} is damaged: ")
     assert study.settings_path.read_text() == settings
     study.settings_path.unlink()
     study.rows_path.unlink()
     study.ask(Request(("ridge",), ("random",), (0,)), 0.2)
-    assert said(capsys, "report", str(tmp_path)) == (1, f"error: {tmp_path} has no rows yet.\n")
+    assert said(capsys, "report", str(tmp_path)) == (2, f"error: {tmp_path} has no rows yet.\n")
     assert said(capsys, *asked(tmp_path), "--seconds", "9")[1].startswith(
         f"error: {tmp_path} holds a study of"
     )
 
 
-def test_a_missing_extra_is_named_before_anything_runs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    status, text = said(capsys, *asked(tmp_path / "out", "--arms", "random", "optuna"))
-    assert status == 1
-    assert text == (
-        "error: the arm optuna needs optuna, which is missing; "
-        "install it with: pip install 'bilevel[bench]'.\n"
-    )
+@pytest.mark.parametrize(
+    ("module", "who"),
+    [("optuna", "the method optuna needs optuna"), ("sklearn.datasets", "the problems need scikit-learn")],
+)
+def test_a_missing_extra_is_named_before_anything_runs(module, who, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    status, text = said(capsys, *asked(tmp_path / "out", "--methods", "random", "optuna"))
+    assert status == 2
+    assert text == f"error: {who}, which is missing; install it with: pip install -e '.[bench]'.\n"
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_matplotlib_is_named(tmp_path, capsys, monkeypatch):
-    study = Study(tmp_path)
-    study.ask(Request(("ridge",), ("random",), (0,)), 0.2)
-    study.append(row())
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    status, text = said(capsys, "report", str(tmp_path), "--plot", str(tmp_path / "x.png"))
-    assert status == 1
-    assert "needs matplotlib, which is missing; install it with: pip install 'bilevel[plots]'" in text
-
-
 def test_a_dead_worker_is_reported(tmp_path, capsys, monkeypatch):
-    dies = ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    monkeypatch.setattr(command, "_command", lambda *args: dies)
+    dies = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    monkeypatch.setattr(command, "_start", lambda _: subprocess.Popen(dies))
     status, text = said(capsys, *asked(tmp_path / "out", "--seeds", "0", "1", "--workers", "2"))
-    assert status == 1
+    assert status == 2
     assert text == (
         "error: 2 of 2 workers died (status -9, -9); the rows that are there are good. "
         "Run the same command again for the others.\n"
@@ -486,8 +506,11 @@ def test_what_the_pages_name_can_be_run():
 
 def test_every_benchmark_has_a_name():
     folder = ROOT / "benchmarks"
-    runnable = {path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text()}
-    assert runnable - {"__main__", "command"} == {*entry.NAMES, *entry.LONG}
+    files = {path.stem: path for path in folder.glob("*.py")}
+    files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
+    runnable = {name for name, path in files.items() if "\ndef main(" in path.read_text()}
+    doors, writers = {"__main__", "command"}, {"claims", "readme_picture"}  # these write pages from results
+    assert runnable - doors - writers == {*entry.NAMES, *entry.LONG}
 
 
 def test_unknown_checks_are_named(capsys):
@@ -495,46 +518,6 @@ def test_unknown_checks_are_named(capsys):
         SystemExit, match=r"error: no benchmark exactnes; choose from: exactness, hparam_count"
     ):
         entry.main(["exactnes"])
-
-
-def test_what_the_report_says(tmp_path, capsys):
-    study = Study(tmp_path)
-    study.ask(Request(("ridge", "odd"), ("default", "random"), (0, 1, 2)), 0.2)
-    slow = tuple(CurvePoint(t, t, 1.0, 1.0, solved) for t, solved in ((0.1, 2.0), (0.4, 1.01)))
-    study.append(row(Job("ridge", "random", 0), curve=slow, solved=1.01))
-    for seed in (0, 1):
-        study.append(row(Job("ridge", "default", seed), metrics={}))
-    study.append(row(Job("odd", "random", 0), solved=math.nan, curve=(), optimum=None, status="DIVERGED"))
-    assert entry.main(["report", str(tmp_path), "--plot", str(tmp_path / "x.png")]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0].endswith(": 4 of 12 jobs done, 0.2 s a run")
-    assert "default 2/3 1.5 0.21 1 (1 to 1) 100 % 2 nan 0.2 (2/2) TIME" in lines
-    assert "random 1/3 1.5 0.21 1.01 (1.01 to 1.01) 102 % 2 0.5 0.4 (1/1) TIME" in lines
-    assert "random 1/3 1.5 0.21 nan (nan to nan) - 2 0.5 never DIVERGED" in lines
-    assert (tmp_path / "x.png").stat().st_size > 10_000
-
-
-def test_what_the_picture_shows():
-    curves = [
-        (np.array([1.0, 3.0]), np.array([4.0, 2.0])),
-        (np.array([2.0, 8.0]), np.array([6.0, 1.0])),
-        (np.array([1.5]), np.array([5.0])),
-    ]
-    at, low, middle, high = picture.band(curves)
-    assert (at[0], at[-1]) == (2.0, 8.0)
-    assert (low[0], middle[0], high[0]) == (4.0, 5.0, 6.0)
-    assert (low[-1], middle[-1], high[-1]) == (1.0, 2.0, 5.0)
-    rows = [
-        row(solved=3.0, optimum=None),
-        row(Job("ridge", "grid", 0)),
-        row(Job("ridge", "grid", 1), solved=-1),
-    ]
-    assert picture.lowest_known(rows) == {0: 0.5, 1: 1.0}
-
-
-def test_the_best_arm_is_never_one_without_a_value():
-    arms = {"a": [row(solved=math.nan)], "b": [row(solved=3.0)], "c": [row(solved=math.inf)]}
-    assert report.best_arm(arms) == "b"
 
 
 # --- From end to end --------------------------------------------------------------------------------------
@@ -549,7 +532,7 @@ def python(*argv: str) -> subprocess.Popen:
 
 def test_a_killed_command_takes_its_workers_along_and_is_finished_by_the_next(tmp_path):
     study = Study(tmp_path / "study")
-    argv = asked(study.folder, "--arms", "random", "default", "--seconds", "0.5")
+    argv = asked(study.folder, "--methods", "random", "default", "--seconds", "0.5")
     claim = study.claims / "ridge.random.0"
     first = python(*argv)
     deadline = time.monotonic() + 60
@@ -569,8 +552,8 @@ def test_a_killed_command_takes_its_workers_along_and_is_finished_by_the_next(tm
     assert set(rows) == {Job("ridge", "random", 0), Job("ridge", "default", 0)}
     for done in rows.values():
         assert done.command == (
-            "python -m benchmarks study --problems ridge --arms random default --seeds 0 --seconds 0.5 "
-            f"--workers 2 --out {study.folder}"
+            "bilevel bench run --problems ridge --methods random default --seeds 0 --seconds 0.5 "
+            f"--workers 2 --output {study.folder}"
         )
         assert done.solved == pytest.approx(done.optimum, rel=1e-3)
         assert done.compile_seconds > 0

@@ -18,7 +18,7 @@ import numpy as np
 import bilevel
 from benchmarks.problems.task import Task, float32, parts, standardised
 
-TRAIN, VALID = 150, 150
+TRAIN, VALID, BATCH = 150, 150, 30
 GROUPS = ("mean", "error", "worst")  # in the order of the columns, ten each
 
 
@@ -60,4 +60,5 @@ def make(seed: int) -> Task:
         box=dict.fromkeys(GROUPS, (1e-5, 1e1)),
         spread=lambda values: {"l2": np.repeat(np.float32([values[name] for name in GROUPS]), 10)},
         optimum=None,
+        batch=BATCH,
     )

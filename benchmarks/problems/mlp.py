@@ -17,7 +17,7 @@ import optax
 import bilevel
 from benchmarks.problems.task import Task, float32, parts
 
-TRAIN, VALID, HIDDEN, CLASSES = 60, 400, 32, 10
+TRAIN, VALID, HIDDEN, CLASSES, BATCH = 60, 400, 32, 10, 20
 LAYERS = ("in", "out")
 
 
@@ -71,4 +71,5 @@ def make(seed: int) -> Task:
         box=dict.fromkeys(LAYERS, (1e-5, 1e-1)),
         spread=lambda values: {layer: np.float32(values[layer]) for layer in LAYERS},
         optimum=None,
+        batch=BATCH,
     )

@@ -20,7 +20,7 @@ import numpy as np
 import bilevel
 from benchmarks.problems.task import Task, float32, parts, standardised
 
-TRAIN, VALID = 60, 120
+TRAIN, VALID, BATCH = 60, 120, 15
 RANGE = (1e-6, 1e4)
 
 
@@ -35,6 +35,11 @@ def inner(w, hparams, batch):
 def outer(w, hparams, batch):
     del hparams
     return squares(w, batch)
+
+
+def strength(hparams):
+    """Of the penalty, for each entry of params."""
+    return hparams["l2"]
 
 
 PROBLEM = bilevel.Problem(inner, outer, constraints={"l2": bilevel.positive()})
@@ -90,4 +95,6 @@ def make(seed: int) -> Task:
         box={"l2": (1e-4, 1e2)},
         spread=lambda values: {"l2": np.float32(values["l2"])},
         optimum=lowest(closed_form(train, valid)),
+        batch=BATCH,
+        smoothness=bilevel.ridge_smoothness(train["x"], valid["x"], strength),
     )

@@ -32,6 +32,8 @@ class Task:
       box: lower and upper end of each number that a search tries, in natural units, searched on a log scale.
       spread: hyperparameters from such numbers; where there are many, several share one.
       optimum: lowest outer value, where it is known; of this seed.
+      batch: rows of a minibatch at both levels; None where the data only make sense whole.
+      smoothness: the problem's constants, where they are known; of this seed.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Task:
     box: Mapping[str, tuple[float, float]]
     spread: Callable[[Mapping[str, float]], Any]
     optimum: float | None
+    batch: int | None = None
+    smoothness: bilevel.Smoothness | None = None
 
 
 def parts(rows: int, sizes: tuple[int, ...], rng: np.random.Generator) -> list[np.ndarray]:

@@ -1,0 +1,83 @@
+"""The task "cold": an outer run in a fresh process, until its hyperparameters are as good as asked.
+
+All but the library's default take the usual fixed schedule: 20 gradient steps, 20 steps of conjugate
+gradients, an Adam step. The clock starts with the process; imports and compilation count. A run returns the
+hyperparameters that it had at several times; how good they are, by training in numpy to the end, is found out
+afterwards. Asked for is what the schedule written in JAX by hand reaches at its end, plus 2 %.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.peers import instances
+from benchmarks.peers.handles import started
+from benchmarks.peers.measured import CANNOT, FAILED, RIGHT, WRONG, Row
+
+KINDS = {"logistic": instances.cancer, "cleaning": instances.digits}
+OUTER_STEPS, INNER_STEPS, OUTER_RATE = 300, 20, 0.1
+INNER_RATE = {"logistic": 0.1, "cleaning": 0.5}
+LOOKS, SLACK = 40, 1.02
+BASE = "JAX by hand"
+
+
+def looks(steps: int) -> np.ndarray:
+    """Numbers of outer steps after which hyperparameters are looked at."""
+    return np.unique(np.geomspace(1, steps, LOOKS).round().astype(int))
+
+
+def judged(instance: instances.Instance, hs: Sequence[np.ndarray]) -> list[float]:
+    """Outer losses of fully trained params; nan where training fails."""
+    outer, found = instances.reference(instance).outer, []
+    for h in hs:
+        try:
+            instance = instance._replace(h=h.astype(float))
+            instance = instance._replace(w=instances.solution(instance, 1e-7))
+            found.append(float(outer(instance.w)))
+        except ArithmeticError:
+            found.append(float("nan"))
+    return found
+
+
+def rows(kind: str, peers: Sequence[str], repeats: int, steps: int, core: int, log: Path) -> list[Row]:
+    """Peers take turns; ``seconds`` are to the target, ``value`` is the loss at the end.
+
+    The one that sets the target is among them, asked for or not.
+    """
+    peers = list(dict.fromkeys([*peers, BASE]))
+    runs: dict[str, list[dict]] = {peer: [] for peer in peers}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "instance.npz")
+        instances.save(file, KINDS[kind]())
+        for turn in range(repeats):
+            for peer in peers[:: 1 if turn % 2 == 0 else -1]:
+                began = time.monotonic()
+                with started([peer], core, log) as handles:
+                    request = {"do": "run", "steps": steps, "file": str(file), "began": began}
+                    runs[peer].append(handles[peer].ask(request))
+    good = [run["values"][-1] for run in runs.get(BASE, ()) if "values" in run]
+    target = SLACK * min(good) if good else float("nan")
+    return [row(peer, found, target) for peer, found in runs.items()]
+
+
+def row(peer: str, runs: Sequence[dict], target: float) -> Row:
+    """Of all its runs."""
+    for status in (CANNOT, FAILED):
+        for run in runs:
+            if status in run:
+                return Row(peer, status, run[status])
+    value = float(runs[0]["values"][-1])
+    times = [_reached(run, target) for run in runs]
+    if None in times:
+        return Row(peer, WRONG, f"does not reach {target:.4g}", value=value)
+    return Row(peer, RIGHT, value=value, setting=target, seconds=tuple(t for t in times if t is not None))
+
+
+def _reached(run: dict, target: float) -> float | None:
+    """Seconds until then; None if never."""
+    return next((t for t, v in zip(run["seconds"], run["values"], strict=True) if v <= target), None)

@@ -1,0 +1,121 @@
+"""`bilevel`: its estimators, and what they return beside the gradient."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import jax
+import numpy as np
+import optax
+
+import bilevel
+from benchmarks.peers import cold
+from benchmarks.peers.contract import Peer
+from benchmarks.peers.in_jax import INNER, OUTER, arguments
+from bilevel.problem import Draw, Point
+
+# Of the residual, among which the largest that is accurate enough is looked for.
+TOLERANCES = (
+    0.3,
+    0.2,
+    0.1,
+    0.05,
+    0.03,
+    0.02,
+    0.01,
+    5e-3,
+    3e-3,
+    2e-3,
+    1e-3,
+    7e-4,
+    5e-4,
+    3e-4,
+    2e-4,
+    1e-4,
+    5e-5,
+)
+
+
+@functools.cache
+def problem(kind: str) -> bilevel.Problem:
+    return bilevel.Problem(INNER[kind], lambda w, h, batch: OUTER[kind](w, batch))
+
+
+def estimated(kind: str, estimator):
+    fn = bilevel.hypergradient(problem(kind), estimator)
+
+    def call(w, h, train, valid):
+        found = fn(w, h, train, valid)
+        return found.grad, found.value, found.error
+
+    return call
+
+
+def implicit(kind: str, steps: int):
+    return estimated(kind, bilevel.implicit(bilevel.cg(max_steps=steps, tol=0.0)))
+
+
+def unroller(remat: bool):
+    def unrolled(kind: str, setting):
+        steps, rate = setting
+        return estimated(kind, bilevel.unrolled(optax.sgd(rate), steps, remat=remat))
+
+    return unrolled
+
+
+def along(kind: str, tol: float):
+    """Each system solved from the last solution until its residual is small, as the methods do."""
+    estimator, own = bilevel.implicit(bilevel.cg(max_steps=200, tol=tol)), problem(kind)
+
+    def call(ws, hs, train, valid):
+        draw, key = Draw(lambda j: train, 1, False), jax.random.key(0)
+
+        def step(state, point):
+            w, h = point
+            found, state = estimator.estimate(own, state, Point(w), h, draw, valid, key)
+            return state, (found.grad, found.error)
+
+        first = estimator.init(own, Point(ws[0]), hs[0])
+        return jax.lax.scan(step, first, (ws, hs))[1]
+
+    return call
+
+
+def cold_run(kind: str, steps: int):
+    """The default. Earlier hyperparameters are those of shorter runs, which go the same way."""
+
+    def run(instance):
+        args = arguments(instance, "float32")
+        began = time.monotonic()
+
+        def optimize(steps):
+            return bilevel.optimize(problem(kind), *args, steps=steps, progress=False)
+
+        seconds = optimize(steps).history["seconds"]
+        looks = cold.looks(steps)
+        return began + seconds[looks - 1], [np.asarray(optimize(int(step)).hparams) for step in looks]
+
+    return run
+
+
+PEERS = (
+    Peer(
+        name="bilevel",
+        packages=("jax",),
+        family="in_jax",
+        tasks={"implicit": implicit, "unrolled": unroller(True), "along": along, "cold": cold_run},
+        settings=TOLERANCES,
+    ),
+    Peer(
+        name="bilevel, remat=False",
+        packages=("jax",),
+        family="in_jax",
+        tasks={
+            "implicit": "the same as with remat",
+            "unrolled": unroller(False),
+            "along": "the same as with remat",
+            "cold": "the same as with remat",
+        },
+    ),
+)

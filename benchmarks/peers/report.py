@@ -1,0 +1,191 @@
+"""What came out: a file for each case, tables, verdicts and a page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import table
+from benchmarks.peers.handles import OURS, OURS_WITHOUT_REMAT
+from benchmarks.peers.measured import CANNOT, FAILED, RIGHT, Row, fastest, ratio
+
+Kept = dict[str, Any]
+ASKED_TIME = {"implicit": 1.05, "unrolled": 1.05, "along": 0.6, "cold": 0.5}
+ASKED_SHARE = 0.1  # of the seconds of the searches
+ASKED_MEMORY, MEMORY_PEERS = 0.1, ("jaxopt", "higher")
+NAMED_BY = ("task", "kind", "size", "dtype")
+ORDER = ("implicit", "unrolled", "along", "cold", "searches")
+WHAT = {
+    "implicit": "one hypergradient at the inner solution, {setting} steps of conjugate gradients",
+    "unrolled": "one hypergradient through {setting[0]} gradient steps",
+    "along": "hypergradients of error at most {accurate:g} at 20 points of an outer run",
+    "cold": "an outer run from a cold process, seconds until its hyperparameters are worth {setting:.4g}",
+    "searches": "what users pick instead, for {setting:g} s, and when it is as good as the best of Optuna",
+}
+HEADER = ("", "error", "setting", "ms", "ratio", "compile s", "MB", "")
+RUN_HEADER = ("", "loss at the end", "seconds", "ratio", "compile s", "")
+
+
+def save(folder: Path, case: Kept) -> None:
+    name = "-".join(case[part] for part in NAMED_BY)
+    (folder / f"{name}.json").write_text(json.dumps(case, indent=1) + "\n")
+
+
+def load(folder: Path) -> list[Kept]:
+    """In the order of the report."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return sorted(
+        found, key=lambda case: (ORDER.index(case["task"]), case["kind"], case["shape"] or [], case["dtype"])
+    )
+
+
+def rows_of(case: Kept) -> list[Row]:
+    return [Row(**{**row, "seconds": tuple(row["seconds"])}) for row in case["rows"]]
+
+
+def title(case: Kept) -> str:
+    what = WHAT[case["task"]].format(**case)
+    if case["shape"] is None:
+        return f"{what}: {case['kind']}, {case['size']}"
+    rows, valid, features = case["shape"]
+    return f"{what}: {case['kind']}, {rows} and {valid} rows of {features} features, {case['dtype']}"
+
+
+def is_cpu_time(case: Kept) -> bool:
+    return case["where"]["clock"] == "process_time"
+
+
+def is_run(case: Kept) -> bool:
+    return case["task"] in ("cold", "searches")
+
+
+def lines(case: Kept) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells; ratios are to the fastest of the others that is right."""
+    rows = rows_of(case)
+    base = fastest(rows)
+    if is_run(case):
+        return RUN_HEADER, [_run_line(row, base if case["task"] == "cold" else None) for row in rows]
+    return HEADER, [_line(case, row, base) for row in rows]
+
+
+def _median(row: Row) -> float:
+    return float(np.median(row.seconds)) if row.seconds else math.nan
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def _line(case: Kept, row: Row, base: Row | None) -> tuple[str, ...]:
+    if row.status in (CANNOT, FAILED):
+        return (row.peer, "", "", "", "", "", "", f"{row.status}: {row.reason}")
+    return (
+        row.peer,
+        "none" if row.error is None else f"{row.error:.1e}",
+        f"{row.setting:g}" if case["task"] == "along" else "",
+        _number(1e3 * _median(row), ".3g"),
+        f"{ratio(row, base):.2f}" if base is not None and row.seconds else "",
+        _number(row.compile_seconds, ".1f"),
+        _number(row.megabytes, ".3g"),
+        "" if row.status == RIGHT else "wrong",
+    )
+
+
+def _run_line(row: Row, base: Row | None) -> tuple[str, ...]:
+    if row.status in (CANNOT, FAILED):
+        return (row.peer, "", "", "", "", f"{row.status}: {row.reason}")
+    seconds = _median(row)
+    return (
+        row.peer,
+        _number(row.value, ".4f"),
+        "never" if math.isinf(seconds) else _number(seconds, ".2f"),
+        f"{ratio(row, base):.2f}" if base is not None and row.seconds else "",
+        _number(row.compile_seconds, ".1f"),
+        row.reason,
+    )
+
+
+def verdicts(case: Kept) -> list[tuple[str, float, float]]:
+    """``(what, found, asked at most)``; nan where there is nothing to compare with."""
+    rows = {row.peer: row for row in rows_of(case)}
+    ours, base = rows.get(OURS), fastest(list(rows.values()))
+    found = []
+    if case["task"] == "searches":
+        if ours is None or not ours.seconds:
+            return []
+        share = max(ours.seconds) / case["setting"]
+        return [("time to the best of Optuna, worst seed", share, ASKED_SHARE)]
+    if ours is not None and ours.status == RIGHT and base is not None:
+        asked = ASKED_TIME[case["task"]]
+        found.append((f"time, of {base.peer}", ratio(ours, base), asked))
+        other = rows.get(OURS_WITHOUT_REMAT)
+        if other is not None and other.status == RIGHT:
+            found.append((f"time without remat, of {base.peer}", ratio(other, base), asked))
+    if case["task"] == "unrolled" and ours is not None and ours.megabytes is not None:
+        for peer in MEMORY_PEERS:
+            theirs = rows.get(peer)
+            if theirs is not None and theirs.megabytes:
+                found.append((f"memory, of {peer}", ours.megabytes / theirs.megabytes, ASKED_MEMORY))
+    return found
+
+
+def sentences(case: Kept) -> list[str]:
+    return [
+        f"{what}: {found:.3g} (asked: at most {asked:g}, {'met' if found <= asked else 'missed'})"
+        for what, found, asked in verdicts(case)
+    ]
+
+
+def show(cases: Sequence[Kept]) -> None:
+    for case in cases:
+        print(f"\n  {title(case)} (load {case['where']['load']:.1f}{', CPU time' * is_cpu_time(case)})")
+        table(*lines(case))
+        for sentence in sentences(case):
+            print(f"  {sentence}")
+
+
+_PAGE = """\
+# Beside its peers
+
+`make peers` builds an environment with the packages named at the end, and `python -m benchmarks peers` runs
+all of them, each in a process of its own, on the same data and one core;
+`python -m benchmarks peers --page docs/peers.md` writes this page. Timed are calls after the first, in rounds
+in which all peers take turns; a ratio is the median over rounds, to the fastest other peer whose answer is
+right. Runs from a cold process count everything, imports and compilation too; searches, which take all
+cores, count no compilation. Errors are relative, against numpy in float64. Memory is what a call takes beyond
+its arguments and results: as the compiler says, and for torch the growth of the resident memory.
+"""
+
+
+def page_of(cases: Sequence[Kept]) -> str:
+    page = [_PAGE, "| case | bar | found | asked, at most | |", "|---|---|---|---|---|"]
+    for case in cases:
+        for what, found, asked in verdicts(case):
+            name = ", ".join(case[part] for part in NAMED_BY)
+            met = "met" if found <= asked else "missed"
+            page.append(f"| {name} | {what} | {found:.3g} | {asked:g} | {met} |")
+    for task in dict.fromkeys(case["task"] for case in cases):
+        page += ["", f"## {task.capitalize()}"]
+        for case in (case for case in cases if case["task"] == task):
+            named = title(case) + ", CPU time" * is_cpu_time(case)
+            page += ["", f"{named[0].upper()}{named[1:]}.", ""]
+            header, cells = lines(case)
+            page += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+            page += ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join([*page, "", *_where(cases)]) + "\n"
+
+
+def _where(cases: Sequence[Kept]) -> list[str]:
+    versions: dict[str, str] = {}
+    for case in cases:
+        for own in case["versions"].values():
+            versions |= {name: version for name, version in own.items() if name != "failed"}
+    places = sorted({f"{case['where']['processor']}, commit {case['where']['commit']}" for case in cases})
+    told = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    load = max(case["where"]["load"] for case in cases)
+    return [f"Measured on {'; '.join(places)}; load at most {load:.1f}. Versions: {told}."]

@@ -1,0 +1,66 @@
+"""jaxopt: implicit differentiation as its users write it, and its unrolled gradient descent."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jaxopt import GradientDescent, implicit_diff, linear_solve
+
+from benchmarks.peers import in_jax
+from benchmarks.peers.contract import Peer
+from benchmarks.peers.in_jax import INNER, OUTER
+
+
+def implicit_by(solve):
+    def implicit(kind: str, steps: int):
+        inner, outer = INNER[kind], OUTER[kind]
+
+        def call(w, h, train, valid):
+            def optimality(w, h):
+                return jax.grad(inner)(w, h, train)
+
+            @implicit_diff.custom_root(optimality, solve=functools.partial(solve, maxiter=steps, tol=0.0))
+            def solver(init, h):
+                del h
+                return init
+
+            return jax.grad(lambda h: outer(solver(w, h), valid))(h)
+
+        return call
+
+    return implicit
+
+
+def unrolled(kind: str, setting):
+    steps, rate = setting
+    inner, outer = INNER[kind], OUTER[kind]
+
+    def call(w, h, train, valid):
+        solver = GradientDescent(
+            inner, stepsize=rate, maxiter=steps, tol=0.0, acceleration=False, implicit_diff=False, unroll=True
+        )
+        return jax.grad(lambda h: outer(solver.run(w, h, train).params, valid))(h)
+
+    return call
+
+
+def peer(name: str, solve, unrolled) -> Peer:
+    implicit = implicit_by(solve)
+    return Peer(
+        name=name,
+        packages=("jaxopt", "jax"),
+        family="in_jax",
+        tasks={
+            "implicit": implicit,
+            "unrolled": unrolled,
+            "along": in_jax.along(implicit),
+            "cold": in_jax.outer_run(implicit),
+        },
+    )
+
+
+PEERS = (
+    peer("jaxopt", linear_solve.solve_cg, unrolled),
+    peer("jaxopt, default solver", linear_solve.solve_normal_cg, "the same as with any linear solver"),
+)
