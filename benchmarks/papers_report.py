@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.claims import anchor
 from benchmarks.measure import table
 from benchmarks.problems.paper import VERDICTS, Evidence, Paper
 
@@ -111,7 +112,7 @@ def page(out: Path, names: Sequence[str]) -> str:
     every = {name: json.loads((out / f"{name}.json").read_text()) for name in names}
     for found in every.values():
         lines.append(
-            f"| [{found['title']}](#{_anchor(found['title'])}) | {found['claim']} | {found['verdict']} |"
+            f"| [{found['title']}](#{anchor(found['title'])}) | {found['claim']} | {found['verdict']} |"
         )
     for name, found in every.items():
         lines += ["", f"## {found['title'][0].upper()}{found['title'][1:]}", ""]
@@ -128,12 +129,6 @@ def page(out: Path, names: Sequence[str]) -> str:
             for row in found["rows"]
         ]
     return "\n".join(lines) + "\n"
-
-
-def _anchor(title: str) -> str:
-    """As Markdown makes them of headings."""
-    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -")
-    return kept.replace(" ", "-")
 
 
 def show(out: Path, names: Sequence[str]) -> None:

@@ -21,7 +21,8 @@ PAGE_NAMES = {
     *("README", "notation", "recipes", "adding_an_estimator", "choosing", "coming_from_jaxopt"),
     *("scaling", "checkpoints", "certificates", "stochastic", "online", "self_tuning", "fixed_points"),
     *("schedules", "populations", "regularisers", "coming_from_optuna", "scikit_learn", "papers"),
-    "seeing_a_run",
+    *("seeing_a_run", "index", "getting_started", "methods", "faq", "coming_from_higher"),
+    *("coming_from_betty", "claims", "benchmarks", "changelog"),
 }
 END_OF_BLOCK = "-- end of block --"
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
