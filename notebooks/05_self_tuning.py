@@ -244,8 +244,8 @@ right.plot(curves[-1], color=GREEN, lw=2.5)
 right.set(
     xlabel="training step", ylabel="validation loss, nats", yscale="log", title="New starts, mean of eight"
 )
-right.text(100, 1.5, "learned", color=GREEN)
-right.text(100, 1.25, "constant, 0.05 (thin) to 0.4 (thick)", color=GREY)
+right.text(1, 0.97, "learned", color=GREEN, transform=right.transAxes, ha="right")
+right.text(1, 0.9, "constant, 0.05 (thin) to 0.4", color=GREY, transform=right.transAxes, ha="right")
 plt.show()
 for rate, curve in zip([*constants, "learned"], curves, strict=True):
     print(f"{rate!s:8} {curve[-1]:.3f}")

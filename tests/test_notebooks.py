@@ -48,7 +48,7 @@ by_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source
 
 
 def test_notebooks_are_found_and_listed():
-    assert len(SOURCES) >= 5
+    assert len(SOURCES) >= 10
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == {source.stem for source in SOURCES}
     listed = re.findall(r"\]\((\d\d_\w+)\.ipynb\)", (FOLDER / "README.md").read_text())
     assert listed == [source.stem for source in SOURCES]
