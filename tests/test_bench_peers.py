@@ -298,6 +298,12 @@ def test_searches_are_compared_with_the_best_sampler_of_each_seed():
     assert by_arm[all_searches.SKLEARN] == Row(all_searches.SKLEARN, CANNOT, "fits no networks")
 
 
+def test_what_a_search_has_no_means_for():
+    assert all_searches.curve("mlp", all_searches.SKLEARN, 0, 1.0) == {CANNOT: "fits no networks"}
+    grid = all_searches.curve("logistic", "grid", 0, 1.0)
+    assert grid == {CANNOT: "a grid of 30 axes has at least 3**30 points"}
+
+
 def test_without_the_environment_it_says_what_to_do(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(handles, "PYTHON", tmp_path / "python")
     with pytest.raises(SystemExit) as left:

@@ -33,7 +33,7 @@ class Peer:
         the task "along", w and h have an axis of points in front, and so has what is returned; in the task
         "cold" ``(kind, steps) -> fn(instance)``, which returns times and hyperparameters at `cold.looks`.
       settings: in the task "along", from the cheapest to the most accurate; empty for the number of CG steps
-        that suffices, or twice or four times that.
+        that suffices in numpy, or the next larger one that does.
     """
 
     name: str
