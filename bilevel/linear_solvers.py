@@ -98,8 +98,8 @@ class CG:
             return more & ~loop.negative_curvature
 
         def step(loop):
-            # The first pass, step -1, searches along the last solution from x = 0, by the same formulas:
-            # never worse than a cold start, and one product in the program instead of two.
+            # The first pass of a warm start, step -1, searches along the last solution from x = 0, by the
+            # same formulas: never worse than a cold start, and one product in the program instead of two.
             first = loop.steps < 0
             ap = product(loop.direction)
             curvature = vdot(loop.direction, ap)
@@ -112,15 +112,17 @@ class CG:
             return _CGLoop(x, r, axpy(beta, loop.direction, z), rz, rr, loop.steps + 1, negative)
 
         cold = jax.tree.map(jnp.zeros_like, b)
-        rr = bb if self.preconditioner else None
+        z, rz, rr = precondition(b)
         slope = vdot(b, state.x)
-        usable = jnp.isfinite(slope)  # a start that is not finite is dropped
-        direction, rz = where(usable, state.x, cold), jnp.where(usable, slope, 0)
-        start = _CGLoop(cold, b, direction, rz, rr, jnp.int32(-1), jnp.bool_(False))
+        # A start that is not finite, or without a slope, as zero is, is dropped.
+        warm = jnp.isfinite(slope) & (slope != 0)
+        direction, rz = where(warm, state.x, z), jnp.where(warm, slope, rz)
+        extra = warm.astype(jnp.int32)
+        start = _CGLoop(cold, b, direction, rz, rr, -extra, jnp.bool_(False))
         end = jax.lax.while_loop(going, step, start)
         residual = jnp.sqrt(end.rz if end.rr is None else end.rr)
         spent = preconditioner.products if isinstance(preconditioner, Counted) else 0
-        info = SolveInfo(residual, end.steps, end.steps + 1 + spent, end.negative_curvature)
+        info = SolveInfo(residual, end.steps, end.steps + extra + spent, end.negative_curvature)
         return end.x, CGState(end.x, preconditioner), info
 
 
@@ -135,7 +137,7 @@ def cg(
 
     Stops at ``|r| <= max(tol |b|, atol)``, after ``max_steps`` steps, or at a direction of non-positive
     curvature (then it keeps what it had and says so). Inside a method every solve starts at the best
-    multiple of the solution before. One product per step and one for the start; three vectors of memory.
+    multiple of the solution before. One product per step and one for a warm start; three vectors of memory.
 
     Args:
       max_steps: steps at most.

@@ -289,7 +289,7 @@ SOLVERS = (
         "cg",
         lambda size: bilevel.cg(max_steps=40, tol=1e-12),
         rtol=1e-11,
-        products=lambda size, steps: steps + 1,
+        products=lambda size, steps: steps,
         memory=True,
         adaptive=True,
     ),

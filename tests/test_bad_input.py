@@ -636,7 +636,7 @@ CALLS = [
     ("text fixed", lambda: minibatches(fixed="no"), TypeError, ["fixed", "True or False", "'no'"]),
     ("text restart", lambda: alternating(restart="no"), TypeError, ["restart", "True or False", "'no'"]),
     ("number simultaneous", lambda: alternating(simultaneous=1), TypeError, ["simultaneous", "True", "1"]),
-    ("text remat", lambda: bilevel.unrolled(remat="no"), TypeError, ["remat", "True or False", "'no'"]),
+    ("text remat", lambda: bilevel.unrolled(remat="no"), TypeError, ["remat", "or 'steps'", "'no'"]),
     (
         "MultiSteps",
         lambda: alternating(inner=optax.MultiSteps(optax.sgd(0.1), 2)),

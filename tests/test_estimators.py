@@ -126,10 +126,13 @@ def test_remat_changes_memory_only(steps, kept):
     stored = estimate(
         NETWORK, bilevel.unrolled(inner, steps, kept, remat=False), params, hparams, train, valid
     )
-    again = estimate(NETWORK, bilevel.unrolled(inner, steps, kept, remat=True), params, hparams, train, valid)
-    chex.assert_trees_all_close(again.grad, stored.grad, rtol=1e-12, atol=1e-16)
-    chex.assert_trees_all_close(again.point, stored.point, rtol=1e-13)
-    np.testing.assert_array_equal(again.counts, stored.counts)
+    for remat in (True, "steps"):
+        again = estimate(
+            NETWORK, bilevel.unrolled(inner, steps, kept, remat=remat), params, hparams, train, valid
+        )
+        chex.assert_trees_all_close(again.grad, stored.grad, rtol=1e-12, atol=1e-16)
+        chex.assert_trees_all_close(again.point, stored.point, rtol=1e-13)
+        np.testing.assert_array_equal(again.counts, stored.counts)
 
 
 def test_remat_saves_memory():
@@ -140,7 +143,10 @@ def test_remat_saves_memory():
         return jax.jit(fn).lower(params, hparams, train, valid).compile().memory_analysis().temp_size_in_bytes
 
     # 40 copies and the steps of one segment of 20 against 400 of everything.
-    assert temporary_bytes(True) < 0.3 * temporary_bytes(False)
+    everything = temporary_bytes(False)
+    assert temporary_bytes(True) < 0.3 * everything
+    # 400 copies: what a step computes on its way is larger.
+    assert temporary_bytes("steps") < 0.7 * everything
 
 
 def test_one_step_is_its_formula():

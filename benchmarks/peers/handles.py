@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 # The peers of each module of this folder. The modules themselves import packages that may be missing here.
 MODULES = {
-    "ours": ("bilevel", "bilevel, remat=False"),
+    "ours": ("bilevel", "bilevel, remat='steps'", "bilevel, remat=False"),
     "jax_by_hand": ("JAX by hand", "JAX by hand, remat"),
     "with_jaxopt": ("jaxopt", "jaxopt, default solver"),
     "with_optimistix": ("optimistix, lineax",),
@@ -28,7 +28,7 @@ MODULES = {
     "with_hypergrad": ("hypergrad",),
 }
 NAMES = tuple(name for names in MODULES.values() for name in names)
-OURS, OURS_WITHOUT_REMAT = MODULES["ours"]
+OURS, *OTHERS_OF_OURS = MODULES["ours"]
 
 
 def module_of(name: str) -> str:

@@ -56,7 +56,7 @@ def implicit(kind: str, steps: int):
     return estimated(kind, bilevel.implicit(bilevel.cg(max_steps=steps, tol=0.0)))
 
 
-def unroller(remat: bool):
+def unroller(remat):
     def unrolled(kind: str, setting):
         steps, rate = setting
         return estimated(kind, bilevel.unrolled(optax.sgd(rate), steps, remat=remat))
@@ -99,6 +99,13 @@ def cold_run(kind: str, steps: int):
     return run
 
 
+def unrolling(name: str, remat) -> Peer:
+    """What differs with another ``remat``."""
+    same = "the same with any remat"
+    tasks = {"implicit": same, "unrolled": unroller(remat), "along": same, "cold": same}
+    return Peer(name=name, packages=("jax",), family="in_jax", tasks=tasks)
+
+
 PEERS = (
     Peer(
         name="bilevel",
@@ -107,15 +114,6 @@ PEERS = (
         tasks={"implicit": implicit, "unrolled": unroller(True), "along": along, "cold": cold_run},
         settings=TOLERANCES,
     ),
-    Peer(
-        name="bilevel, remat=False",
-        packages=("jax",),
-        family="in_jax",
-        tasks={
-            "implicit": "the same as with remat",
-            "unrolled": unroller(False),
-            "along": "the same as with remat",
-            "cold": "the same as with remat",
-        },
-    ),
+    unrolling("bilevel, remat='steps'", "steps"),
+    unrolling("bilevel, remat=False", False),
 )

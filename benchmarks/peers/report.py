@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import table
-from benchmarks.peers.handles import OURS, OURS_WITHOUT_REMAT
+from benchmarks.peers.handles import OTHERS_OF_OURS, OURS
 from benchmarks.peers.measured import CANNOT, FAILED, RIGHT, Row, fastest, ratio
 
 Kept = dict[str, Any]
@@ -123,14 +124,17 @@ def verdicts(case: Kept) -> list[tuple[str, float, float]]:
     if ours is not None and ours.status == RIGHT and base is not None:
         asked = ASKED_TIME[case["task"]]
         found.append((f"time, of {base.peer}", ratio(ours, base), asked))
-        other = rows.get(OURS_WITHOUT_REMAT)
-        if other is not None and other.status == RIGHT:
-            found.append((f"time without remat, of {base.peer}", ratio(other, base), asked))
-    if case["task"] == "unrolled" and ours is not None and ours.megabytes is not None:
-        for peer in MEMORY_PEERS:
-            theirs = rows.get(peer)
-            if theirs is not None and theirs.megabytes:
-                found.append((f"memory, of {peer}", ours.megabytes / theirs.megabytes, ASKED_MEMORY))
+        for name in OTHERS_OF_OURS:
+            other = rows.get(name)
+            if other is not None and other.status == RIGHT:
+                setting = name.removeprefix(f"{OURS}, ")
+                found.append((f"time with {setting}, of {base.peer}", ratio(other, base), asked))
+    if case["task"] == "unrolled":
+        for name, peer in itertools.product((OURS, *OTHERS_OF_OURS), MEMORY_PEERS):
+            mine, theirs = (rows[n].megabytes if n in rows else None for n in (name, peer))
+            if mine and theirs:
+                setting = f" with {name.removeprefix(f'{OURS}, ')}" if name != OURS else ""
+                found.append((f"memory{setting}, of {peer}", mine / theirs, ASKED_MEMORY))
     return found
 
 

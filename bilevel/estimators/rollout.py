@@ -2,8 +2,9 @@
 
 For steps ``params_{t+1} = step(params_t, hparams, batch_t)`` reverse mode needs the whole trajectory. With
 ``remat`` only the starts of about sqrt(T) segments are kept and each segment is run again when the backward
-pass reaches it: O(sqrt(T)) memory for one more forward pass (Chen, Xu, Zhang and Guestrin, "Training
-deep nets with sublinear memory cost", 2016, arXiv:1604.06174).
+pass reaches it, and each of its steps once more: O(sqrt(T)) points for two more forward passes (Chen, Xu,
+Zhang and Guestrin, "Training deep nets with sublinear memory cost", 2016, arXiv:1604.06174). With "steps" all
+T points are kept, but not what a step computes on its way, for one more forward pass.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class TrajectoryEstimator:
     inner: Any
     steps: int | None
     truncate: int | None
-    remat: bool
+    remat: bool | str
     per_step: StaticTree | None
     clip: float | None
     trajectory = True
@@ -210,6 +211,9 @@ def rollout(settings: TrajectoryEstimator, problem, point: Point, hparams, draw,
         return jax.lax.scan(kept_step, point, steps)[0]
 
     kept_step = jax.checkpoint(kept_step, prevent_cse=False)
+    if settings.remat == "steps":
+        return jax.lax.scan(kept_step, point, steps)[0]
+
     length = segment_length(kept)
     full = kept - kept % length
 

