@@ -137,7 +137,7 @@ def test_every_peer_is_listed_with_its_module():
     assert set(modules) == set(handles.MODULES)
     for module, names in handles.MODULES.items():
         assert all(f'"{name}"' in modules[module] for name in names)
-    assert [peer.name for peer in (*ours.PEERS, *jax_by_hand.PEERS)] == list(handles.NAMES[:4])
+    assert [peer.name for peer in (*ours.PEERS, *jax_by_hand.PEERS)] == list(handles.NAMES[:5])
 
 
 # --- Workers ----------------------------------------------------------------------------------------------
