@@ -299,6 +299,27 @@ def test_newton_backtracks_and_reports_negative_curvature():
     assert not bool(info.negative_curvature)
 
 
+def test_newton_of_many_members_takes_the_same_steps_without_a_cholesky_factorisation():
+    """One of a large batch inside a loop may never end on a CPU."""
+
+    problem = bilevel.Problem(  # saddles at zero coordinates, minima around
+        lambda w, h, batch: jnp.sum(jnp.cos(3 * w) * batch) + 0.5 * h * w @ w, lambda w, h, batch: h
+    )
+
+    def end(w):
+        return solve(newton(60, 1e-12), problem, w, jnp.float64(1.0), jnp.array([1.0, 2.0, 0.5]))
+
+    starts = jnp.asarray(np.random.default_rng(0).uniform(-2, 2, (5, 3)))
+    members, infos = jax.vmap(end)(starts)
+    assert infos.negative_curvature.any()
+    for member, negative, start in zip(members, infos.negative_curvature, starts, strict=True):
+        alone, own = end(start)
+        np.testing.assert_allclose(member, alone, atol=1e-10)
+        assert negative == own.negative_curvature
+    assert "cholesky" in str(jax.make_jaxpr(end)(starts[0]))
+    assert "cholesky" not in str(jax.make_jaxpr(jax.vmap(end))(starts))
+
+
 def test_newton_goes_to_rounding_and_damping_keeps_the_solution():
     w, info = solve(newton(atol=0.0), RIDGE, jnp.zeros(20), jnp.float64(-3.0), ridge().train)
     assert float(info.residual) <= 1e-14

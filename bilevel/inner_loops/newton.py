@@ -67,9 +67,7 @@ class Newton:
 
         def direction(flat, grad):
             hessian = jax.jacfwd(jax.grad(loss))(flat) + self.damping * jnp.eye(flat.size, dtype=flat.dtype)
-            step = -jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(hessian), grad)
-            convex = jnp.all(jnp.isfinite(step)) & (jnp.vdot(step, grad) < 0)
-            return jax.lax.cond(convex, lambda: step, lambda: _downhill(hessian, grad)), convex
+            return _step(hessian, grad)
 
         def body(at):
             first = at.gradients == 0
@@ -123,12 +121,32 @@ class Newton:
         return Point(params, point.opt_state, point.model_state), state, info
 
 
-def _downhill(hessian, grad):
-    """The Newton step with the Hessian's eigenvalues replaced by their absolute values."""
+@jax.custom_batching.custom_vmap
+def _step(hessian, grad):
+    """Newton's, downhill where the Hessian is not positive definite, and whether it is."""
+    step = -jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(hessian), grad)
+    convex = jnp.all(jnp.isfinite(step)) & (jnp.vdot(step, grad) < 0)
+    return jax.lax.cond(convex, lambda: step, lambda: _by_eigenvalues(hessian, grad)[0]), convex
+
+
+@_step.def_vmap
+def _steps(axis_size, in_batched, hessian, grad):
+    """Of a batch both branches would be computed, and the second one serves all.
+
+    A Cholesky factorisation of a large batch inside a loop may also never end on a CPU (jaxlib 0.10).
+    """
+    axes = tuple(0 if batched else None for batched in in_batched)
+    return jax.vmap(_by_eigenvalues, axes, axis_size=axis_size)(hessian, grad), (True, True)
+
+
+def _by_eigenvalues(hessian, grad):
+    """The same with negative eigenvalues replaced by their absolute values."""
     eigenvalues, vectors = jnp.linalg.eigh((hessian + hessian.T) / 2)
+    convex = jnp.all(eigenvalues > 0)
     curvature = jnp.abs(eigenvalues)
     floor = jnp.sqrt(jnp.finfo(grad.dtype).eps) * jnp.max(curvature)
-    return -vectors @ ((vectors.T @ grad) / jnp.where(floor > 0, jnp.maximum(curvature, floor), 1))
+    curvature = jnp.where(convex, curvature, jnp.where(floor > 0, jnp.maximum(curvature, floor), 1))
+    return -vectors @ ((vectors.T @ grad) / curvature), convex
 
 
 def newton(max_steps: int = 50, atol: float | None = None, damping: float = 0.0) -> Newton:
