@@ -18,10 +18,11 @@ class Size(NamedTuple):
     seconds: float
 
 
-_QUICK = ("default", "implicit", "implicit_tuned", "unrolled", "random", "optuna")
+_QUICK = ("default", "implicit", "unrolled", "random", "optuna")
+_NOT_QUICK = (*LARGE, "kfold")
 SIZES = {
     "quick": Size(
-        tuple(name for name in PROBLEMS if name not in LARGE),
+        tuple(name for name in PROBLEMS if name not in _NOT_QUICK),
         tuple(name for name in _QUICK if name in METHODS),
         (0, 1),
         0.5,
