@@ -8,6 +8,7 @@ dataclass) comes back through ``like``, a tree of the same structure.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -17,8 +18,9 @@ import json
 import os
 import secrets
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +119,82 @@ def intact(content: bytes | memoryview) -> bool:
     return hashlib.sha256(content[:-_DIGEST]).hexdigest().encode() == content[-_DIGEST:]
 
 
+class File:
+    """A file that `write` made, whose arrays are read one by one.
+
+    ``path``: where it is; ``meta``: its metadata; ``layouts``: of its trees by name, where an int is the
+    number of an array.
+
+    Args:
+      source: path of the file, or its content.
+
+    Raises:
+      MissingFileError: no such file; ValueError: not such a file, or damaged.
+    """
+
+    def __init__(self, source: str | os.PathLike | bytes | memoryview):
+        self._stream: BinaryIO
+        if isinstance(source, (bytes, memoryview)):
+            self.path, self._stream = Path("the content given"), io.BytesIO(source)
+        else:
+            self.path = Path(source)
+            if not self.path.is_file():
+                raise MissingFileError(f"path: there is no file {self.path}.")
+            try:
+                self._stream = open(self.path, "rb")  # noqa: SIM115
+            except FileNotFoundError:  # removed meanwhile
+                raise MissingFileError(f"path: there is no file {self.path}.") from None
+        try:
+            with self._sound():
+                self._open()
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def _open(self) -> None:
+        if _digest(self._stream) != self._stream.read():
+            raise ValueError("its digest is not that of its content")
+        self._zip = zipfile.ZipFile(self._stream)
+        manifest = json.loads(self._zip.read("manifest.json"))
+        if manifest["format"] != _FORMAT or manifest["version"] > _VERSION:
+            raise ValueError("another format or a newer version")
+        self.layouts: dict[str, Any] = dict(manifest["trees"])
+        self.meta: dict[str, Any] = dict(manifest["meta"])
+        self._dtypes: list[str] = list(manifest["dtypes"])
+        _check(self.layouts, len(self._dtypes))
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self._zip.close()
+        self._stream.close()
+
+    @contextlib.contextmanager
+    def _sound(self) -> Iterator[None]:
+        """What goes wrong while it is read is a damage, and one error."""
+        try:
+            yield
+        except (zipfile.BadZipFile, KeyError, IndexError, ValueError, EOFError, TypeError) as error:
+            raise ValueError(
+                f"path: {self.path} is not a file that bilevel wrote, or it is damaged ({error})."
+            ) from error
+
+    def leaf(self, number: int) -> Any:
+        """A numpy array, or a PRNG key."""
+        with self._sound(), self._zip.open(f"{number}.npy") as member:
+            array = np.lib.format.read_array(member, allow_pickle=False)
+            return _from_numpy(array, self._dtypes[number])
+
+    def shape(self, number: int) -> jax.ShapeDtypeStruct:
+        """Of an array that is not read; of a PRNG key that of its numbers."""
+        with self._sound(), self._zip.open(f"{number}.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            name = self._dtypes[number]
+            return jax.ShapeDtypeStruct(shape, dtype if name.startswith("key:") else jnp.dtype(name))
+
+
 def read(
     source: str | os.PathLike | bytes | memoryview, like: dict[str, PyTree] | None = None
 ) -> tuple[dict, dict]:
@@ -129,51 +207,32 @@ def read(
     Raises:
       MissingFileError: no such file; ValueError: not such a file, damaged, or another structure.
     """
-    if isinstance(source, (bytes, memoryview)):
-        path: str | Path = "the content given"
-        content = source
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise MissingFileError(f"path: there is no file {path}.")
-        content = path.read_bytes()
-    try:
-        if not intact(content):
-            raise ValueError("its digest is not that of its content")
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            manifest = json.loads(archive.read("manifest.json"))
-            if manifest["format"] != _FORMAT or manifest["version"] > _VERSION:
-                raise ValueError("another format or a newer version")
-            layouts, meta = dict(manifest["trees"]), dict(manifest["meta"])
-            leaves = []
-            for i, dtype in enumerate(manifest["dtypes"]):
-                with archive.open(f"{i}.npy") as member:
-                    array = np.lib.format.read_array(member, allow_pickle=False)
-                leaves.append(_from_numpy(array, dtype))
-            _check(layouts, len(leaves))
-    except (zipfile.BadZipFile, KeyError, IndexError, ValueError, EOFError, TypeError) as error:
-        raise ValueError(
-            f"path: {path} is not a file that bilevel wrote, or it is damaged ({error})."
-        ) from error
     like = like or {}
-    trees = {name: _decode(layout, leaves, like.get(name), name) for name, layout in layouts.items()}
-    return trees, meta
+    with File(source) as file:
+        trees = {name: decoded(of, file.leaf, like.get(name), name) for name, of in file.layouts.items()}
+    return trees, file.meta
 
 
-def _seal(file) -> None:
-    """Put the digest of a file's content in the place that is kept for it at the end."""
-    file.flush()
+def _digest(file: BinaryIO) -> bytes:
+    """Of all that stands before the place of the digest at the end, where the file is left."""
     left = file.seek(0, os.SEEK_END) - _DIGEST
     file.seek(0)
     digest = hashlib.sha256()
-    while left:
+    while left > 0:
         block = file.read(min(left, _BLOCK))
         if not block:
-            raise OSError(errno.EIO, "the file became shorter while it was written")
+            raise OSError(errno.EIO, "the file became shorter while it was read")
         digest.update(block)
         left -= len(block)
+    return digest.hexdigest().encode()
+
+
+def _seal(file: BinaryIO) -> None:
+    """Put the digest of a file's content in the place that is kept for it at the end."""
+    file.flush()
+    digest = _digest(file)
     file.seek(-_DIGEST, os.SEEK_END)
-    file.write(digest.hexdigest().encode())
+    file.write(digest)
     file.flush()
 
 
@@ -245,18 +304,19 @@ def _encode(tree: PyTree, put) -> Any:
     return {"is": "other", "type": type(tree).__name__, "leaves": [put(leaf) for leaf in children]}
 
 
-def _decode(layout, leaves, like, name: str):
+def decoded(layout: Any, leaf: Callable[[int], Any], like: PyTree, name: str) -> PyTree:
+    """A tree of a `File`, given what reads a leaf by its number; ``like`` and ``name`` as of `read`."""
     if layout is None:
         return None
     if isinstance(layout, int):
-        return leaves[layout]
+        return leaf(layout)
     if layout["is"] == "other":
         if like is None:
             raise ValueError(
                 f"{name} holds a {layout['type']}, which cannot be restored by itself; pass like=, values of "
                 "the same structure."
             )
-        stored = [leaves[i] for i in layout["leaves"]]
+        stored = [leaf(i) for i in layout["leaves"]]
         treedef: Any = jax.tree.structure(like)
         if treedef.num_leaves != len(stored):
             raise ValueError(
@@ -269,9 +329,9 @@ def _decode(layout, leaves, like, name: str):
             raise ValueError(
                 f"like: {name} is a dict of {sorted(of)} in the file, got {type(like).__name__}."
             )
-        return {k: _decode(v, leaves, like and like[k], f"{name}[{k!r}]") for k, v in of.items()}
+        return {k: decoded(v, leaf, like and like[k], f"{name}[{k!r}]") for k, v in of.items()}
     of = layout["of"]
     if like is not None and (not isinstance(like, (list, tuple)) or len(like) != len(of)):
         raise ValueError(f"like: {name} is a {layout['is']} of {len(of)} in the file.")
-    children = [_decode(v, leaves, like and like[i], f"{name}[{i}]") for i, v in enumerate(of)]
+    children = [decoded(v, leaf, like and like[i], f"{name}[{i}]") for i, v in enumerate(of)]
     return children if layout["is"] == "list" else tuple(children)

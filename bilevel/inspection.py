@@ -12,8 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bilevel import panels, stored
-from bilevel.archive import MissingFileError
+from bilevel import archive, panels, stored
 from bilevel.problem import Status
 from bilevel.progress import duration
 from bilevel.result import Result
@@ -70,7 +69,7 @@ def look(path: str | os.PathLike) -> Seen:
     path = Path(path)
     if path.is_dir():
         return _folder(path)
-    with stored.File(path) as file:
+    with archive.File(path) as file:
         kind = file.meta.get("kind", "result")
         if kind == "checkpoint":
             return _checkpoint(file, path.parent, [])
@@ -88,9 +87,9 @@ def _folder(path: Path) -> Seen:
         damaged: list[str] = []
         for name in reversed(files):
             try:
-                with stored.File(path / name) as file:
+                with archive.File(path / name) as file:
                     return _checkpoint(file, path, [*_about_files(files, damaged), *_process(path)])
-            except MissingFileError:  # an older one, removed meanwhile
+            except archive.MissingFileError:  # an older one, removed meanwhile
                 continue
             except ValueError:
                 damaged.append(name)
@@ -174,7 +173,7 @@ def _alive(process: int) -> bool | None:
 # --- One file -----------------------------------------------------------------------------------------------
 
 
-def _checkpoint(file: stored.File, folder: Path, facts: list[tuple[str, str]]) -> Seen:
+def _checkpoint(file: archive.File, folder: Path, facts: list[tuple[str, str]]) -> Seen:
     meta = file.meta
     step, shown = meta["step"], meta.get("shown")
     of = f" of {shown['steps']:,}" if shown else ""
@@ -197,7 +196,7 @@ def _checkpoint(file: stored.File, folder: Path, facts: list[tuple[str, str]]) -
     return Seen(f"{file.path}: a checkpoint after {step:,}{of} outer steps", facts, result, way)
 
 
-def _result(file: stored.File) -> Seen:
+def _result(file: archive.File) -> Seen:
     try:
         result = stored.of_result(file)
     except (KeyError, TypeError) as error:

@@ -85,6 +85,11 @@ def load(path: str | os.PathLike, like=None) -> Result:
     if missing:
         lost = ", ".join(sorted(missing))
         raise ValueError(f"path: {path} is not a file that bilevel wrote, or it is damaged (no {lost}).")
+    return assembled(trees, meta)
+
+
+def assembled(trees: dict, meta: dict) -> Result:
+    """The result of the trees and the metadata of a file."""
     own = meta.get("members")
     return Result(
         params=trees["params"],

@@ -7,104 +7,33 @@ backend, which on an accelerator would take memory from the run that is looked a
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import types
-import zipfile
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bilevel import loop
-from bilevel.archive import MissingFileError
+from bilevel import loop, result_file
+from bilevel.archive import File, decoded
 from bilevel.problem import PyTree, Status
 from bilevel.record import Record
-from bilevel.result import Best, Members, Result, Trajectory
-
-_DIGEST, _BLOCK = 64, 1 << 20
+from bilevel.result import Best, Members, Result
 
 
-class File:
-    """A file of `bilevel.archive`, of which trees are read one by one.
-
-    Args:
-      path: of the file.
-
-    Raises:
-      MissingFileError: it is not there; ValueError: not such a file, or damaged.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        try:
-            self._file: BinaryIO = open(path, "rb")  # noqa: SIM115
-        except FileNotFoundError:
-            raise MissingFileError(f"there is no file {path}.") from None
-        try:
-            if not _intact(self._file):
-                raise ValueError("its digest is not that of its content")
-            self._zip = zipfile.ZipFile(self._file)
-            manifest = json.loads(self._zip.read("manifest.json"))
-            self.meta: dict[str, Any] = dict(manifest["meta"])
-            self._layouts, self._dtypes = dict(manifest["trees"]), list(manifest["dtypes"])
-        except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
-            self._file.close()
-            raise ValueError(
-                f"{path} is not a file that bilevel wrote, or it is damaged ({error})."
-            ) from error
-
-    def __enter__(self) -> File:
-        return self
-
-    def __exit__(self, *raised) -> None:
-        self._zip.close()
-        self._file.close()
-
-    def tree(self, name: str, shapes: bool = False) -> PyTree:
-        """A tree of numpy arrays, or of shapes; a container that only its maker knows is a list of leaves."""
-        return self._decoded(self._layouts[name], shapes)
-
-    def leaf(self, number: int) -> np.ndarray:
-        """One array; keys as their numbers."""
-        with self._zip.open(f"{number}.npy") as member:
-            array = np.lib.format.read_array(member, allow_pickle=False)
-        dtype = self._dtypes[number]
-        return (
-            array if dtype.startswith("key:") or array.dtype.name == dtype else array.view(jnp.dtype(dtype))
-        )
-
-    def _shape(self, number: int) -> jax.ShapeDtypeStruct:
-        with self._zip.open(f"{number}.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        name = self._dtypes[number]
-        return jax.ShapeDtypeStruct(shape, dtype if name.startswith("key:") else jnp.dtype(name))
-
-    def _decoded(self, layout: Any, shapes: bool) -> PyTree:
-        if layout is None:
-            return None
-        if isinstance(layout, int):
-            return self._shape(layout) if shapes else self.leaf(layout)
-        if layout["is"] == "dict":
-            return {name: self._decoded(child, shapes) for name, child in layout["of"].items()}
-        children = layout["leaves"] if layout["is"] == "other" else layout["of"]
-        out = [self._decoded(child, shapes) for child in children]
-        return tuple(out) if layout["is"] == "tuple" else out
+def _tree_of(file: File, name: str, shapes: bool = False) -> PyTree:
+    """One tree, or its shapes; a container that only its maker knows is a list of its leaves."""
+    return decoded(_bare(file.layouts[name]), file.shape if shapes else file.leaf, None, name)
 
 
-def _intact(file: BinaryIO) -> bool:
-    """Whether a file ends in the digest of what stands before."""
-    left, digest = file.seek(0, os.SEEK_END) - _DIGEST, hashlib.sha256()
-    file.seek(0)
-    while left > 0:
-        block = file.read(min(left, _BLOCK))
-        digest.update(block)
-        left -= len(block)
-    return left == 0 and file.read().decode(errors="replace") == digest.hexdigest()
+def _bare(layout: Any) -> Any:
+    if not isinstance(layout, dict):
+        return layout
+    if layout["is"] == "other":
+        return {"is": "list", "of": layout["leaves"]}
+    of = layout["of"]
+    if isinstance(of, dict):
+        return {**layout, "of": {name: _bare(child) for name, child in of.items()}}
+    return {**layout, "of": [_bare(child) for child in of]}
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
@@ -153,9 +82,9 @@ def of_checkpoint(file: File) -> Result:
     shown = file.meta.get("shown")
     if shown is None:
         raise ValueError(f"{file.path} is of a version of bilevel that kept no names in checkpoints.")
-    parts, population = file.tree("members", shapes=True), shown["population"]
-    layout = [part["of"] for part in file._layouts["members"]["of"]]
-    order = np.argsort(np.concatenate(file.tree("places")), kind="stable") if population else None
+    parts, population = _tree_of(file, "members", shapes=True), shown["population"]
+    layout = [part["of"] for part in file.layouts["members"]["of"]]
+    order = np.argsort(np.concatenate(_tree_of(file, "places")), kind="stable") if population else None
     count = len(shown["hparams"])
 
     def read(at: int) -> np.ndarray:
@@ -207,7 +136,7 @@ def _ended(status: Status, all_done: bool) -> str:
 
 def _record(file: File, shown: dict, hparams: PyTree, members: int | None) -> Record:
     names = ("rows", "seconds", "trail_steps", "trail")
-    trees = {name: file.tree(name) for name in names}
+    trees = {name: _tree_of(file, name) for name in names}
     plan: Any = types.SimpleNamespace(
         columns=tuple(shown["columns"]),
         judged_columns=tuple(shown["judged"]),
@@ -237,40 +166,11 @@ def _tree(paths: list[list[str | int]], leaves: list[np.ndarray]) -> PyTree:
 
 
 def of_result(file: File) -> Result:
-    """A result that was saved, whatever containers its trees have; of params only the shapes."""
-    meta, own, tree = file.meta, file.meta.get("members"), file.tree
-    members = None
-    if own:
-        every = tree("members")
-        members = Members(
-            params=None,
-            hparams=tree("member_hparams"),
-            model_state=None,
-            value=every["value"],
-            step=every["step"],
-            attempted=every["attempted"],
-            messages=tuple(own["messages"]),
-            test=own["test"] and {pair: _lists(row) for pair, row in own["test"].items()},
-        )
-    return Result(
-        params=tree("params", shapes=True),
-        hparams=tree("hparams"),
-        best=Best(
-            params=tree("best_params", shapes=True),
-            hparams=tree("best_hparams"),
-            value=meta["best_value"],
-            step=meta["best_step"],
-            member=own and own["best"],
-        ),
-        history=tree("history"),
-        trajectory=Trajectory(tree("trajectory_steps"), tree("trajectory"), tuple(meta["quantiles"])),
-        status=np.array(meta["status"], np.int32) if own else Status[meta["status"]],
-        message=meta["message"],
-        seconds=meta["seconds"],
-        test=meta["test"] and {pair: _lists(row) for pair, row in meta["test"].items()},
-        members=members,
-    )
+    """A result that was saved, whatever containers its trees have; of params and model state the shapes.
 
-
-def _lists(row: dict) -> dict:
-    return {name: np.array(value) if isinstance(value, list) else value for name, value in row.items()}
+    Raises:
+      KeyError: the file lacks something.
+    """
+    large = [name for name in file.layouts if "params" in name.split("_") or "model_state" in name]
+    trees = {name: _tree_of(file, name, name in large) for name in file.layouts}
+    return result_file.assembled(trees, file.meta)

@@ -66,7 +66,7 @@ def same(got, expected):
 def test_a_checkpoint_is_the_run(folders, kind):
     root, results = folders
     expected = results[kind]
-    with stored.File(newest(root / kind)) as file:
+    with archive.File(newest(root / kind)) as file:
         got = stored.of_checkpoint(file)
     same(got.history, expected.history)
     same(got.trajectory.steps, expected.trajectory.steps)
