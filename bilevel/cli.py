@@ -129,7 +129,7 @@ def _inspect(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError) as error:
-        return _refuse(error)
+        return _refuse(str(error).removeprefix("path: "))  # as the functions below call their argument
     for path in (args.plot, args.html):
         if path is not None:
             print(f"written: {path}")
