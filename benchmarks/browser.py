@@ -26,7 +26,7 @@ FLAGS = (
 _CHECK = """
 <pre id="found"></pre><script>
 const faults = [];
-const value = (cell, numeric) => cell.dataset.v ?? cell.textContent;
+const value = (cell) => cell.dataset.v ?? cell.textContent;
 let sorted = 0;
 for (const table of document.querySelectorAll("table.sortable")) {
   const before = [...table.tBodies[0].rows].map((row) => row.textContent).sort().join("\\n");

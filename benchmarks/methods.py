@@ -58,6 +58,11 @@ class Family:
     grid: tuple[Setting, ...]
     kind: tuple[tuple[str, object], ...] = ()
 
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """All of them, the documented one first."""
+        return tuple(dict.fromkeys((self.setting, *self.grid)))
+
     def at(self, setting: Setting) -> Gradient:
         """The method at a setting."""
 

@@ -97,7 +97,7 @@ def _head(study: Study, rows: Sequence[Row]) -> str:
             f'<p class="warning">The machine was busy: the load was up to {max(loads):.1f} on {cores} '
             "cores. Seconds are those of a slower machine, and vary more than usual.</p>"
         )
-    links = [f'<li><a href="#{name}">{name}</a></li>' for name in by_problem(study)]
+    links = [f'<li><a href="#{name}">{name}</a></li>' for name in dict.fromkeys(row.problem for row in rows)]
     return (
         f"<header><h1>bilevel: ways to tune hyperparameters, at equal time</h1>{pieces.facts(facts)}{loaded}"
         f'<nav aria-label="Problems"><ul><li><a href="#overall">overall</a></li>{"".join(links)}'

@@ -24,7 +24,8 @@ answer of a gradient method is the better of its best pair and its last one.</p>
 or the optimum where theory knows it. A run has arrived when it is within 2 % of that and stays so
 to its end: passing by does not count. Examples count the rows that gradients, values and products
 touch. Every method has one setting for all problems; where its name ends in <code>_tuned</code> it
-is the one that a recorded search found on other seeds (<code>benchmarks/tuned.json</code>). The
+is the one that a recorded search of some families found on another seed
+(<code>benchmarks/tuned.json</code>). The
 inner rates of the problems were chosen by hand, which the default does not use. Gradient methods
 begin at the problem's start, searches in its box.</p>"""
 

@@ -13,6 +13,7 @@ one.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterable
@@ -43,7 +44,7 @@ def candidates(families: Iterable[str]) -> dict[str, Method]:
     """All settings of their grids, and the default, which the lowest known values need."""
     found: dict[str, Method] = {"default": METHODS["default"]}
     for family in families:
-        for setting in dict.fromkeys((FAMILIES[family].setting, *FAMILIES[family].grid)):
+        for setting in FAMILIES[family].settings:
             found[name_of(family, setting)] = FAMILIES[family].at(setting)
     return found
 
@@ -69,11 +70,7 @@ def winners(families: Iterable[str], found: dict[str, dict[str, float]]) -> dict
         return float(np.mean(list(found[name_of(family, setting)].values())))
 
     return {
-        family: min(
-            dict.fromkeys((FAMILIES[family].setting, *FAMILIES[family].grid)),
-            key=lambda setting, family=family: mean(family, setting),
-        )
-        for family in families
+        family: min(FAMILIES[family].settings, key=functools.partial(mean, family)) for family in families
     }
 
 
@@ -95,13 +92,13 @@ def search(families: list[str]) -> None:
     best = winners(families, found)
     before = json.loads(TUNED_PATH.read_text()) if TUNED_PATH.exists() else {}
     kept = {name: value for name, value in before.get("scores", {}).items() if name not in found}
+    load = [round(f(row.machine.load for row in rows), 1) for f in (min, max)]
+    made = {"command": command, "commit": machine.commit(), "load": load}
     record = {
-        "command": command,
-        "commit": machine.commit(),
+        "runs": before.get("runs", {}) | dict.fromkeys(families, made),
         "score": "mean of log10(max(excess over the lowest known, 1e-4)) over seeds, by problem",
         "setting": list(Setting._fields),
         "seconds": SECONDS,
-        "load": [round(f(row.machine.load for row in rows), 1) for f in (min, max)],
         "seeds": SEEDS,
         "winners": before.get("winners", {}) | best,
         "scores": kept | found,

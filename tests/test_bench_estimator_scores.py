@@ -32,7 +32,3 @@ def test_the_reference_is_solved_and_as_many_cg_steps_as_coordinates_find_it(sol
     np.testing.assert_allclose(
         estimator_scores.relative(found, hparams), estimator_scores.relative(exact, hparams), rtol=1e-6
     )
-
-
-def test_every_estimator_has_a_name_that_says_where_it_starts():
-    assert set(estimator_scores.FROM_START) <= set(estimator_scores.estimators())
