@@ -78,22 +78,28 @@ def write(path: str | os.PathLike, trees: dict[str, PyTree], meta: dict) -> None
         "dtypes": dtypes,
         "meta": meta,
     }
+    with aside(path) as temporary, open(temporary, "x+b") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            archive.comment = b"0" * _DIGEST
+            archive.writestr("manifest.json", json.dumps(manifest))
+            for i, array in enumerate(arrays):
+                with archive.open(f"{i}.npy", "w", force_zip64=True) as member:
+                    _write_npy(member, array)
+        _seal(file)
+        os.fsync(file.fileno())
+    _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` at the end, and is removed where that fails."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "x+b") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.comment = b"0" * _DIGEST
-                archive.writestr("manifest.json", json.dumps(manifest))
-                for i, array in enumerate(arrays):
-                    with archive.open(f"{i}.npy", "w", force_zip64=True) as member:
-                        _write_npy(member, array)
-            _seal(file)
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
 
 
 def _write_npy(file, array: np.ndarray) -> None:
@@ -115,8 +121,8 @@ def _npy_header(dtype: str, columns_first: bool, shape: tuple[int, ...]) -> byte
 
 def intact(content: bytes | memoryview) -> bool:
     """Whether this is the content of a file as `write` left it, to the last bit."""
-    content = memoryview(content)
-    return hashlib.sha256(content[:-_DIGEST]).hexdigest().encode() == content[-_DIGEST:]
+    stream = io.BytesIO(content)
+    return _digest(stream) == stream.read()
 
 
 class File:

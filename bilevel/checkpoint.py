@@ -28,7 +28,7 @@ else:
 
 _STEP = re.compile(r"step-(\d{8,})\.npz")
 _TEMPORARY = re.compile(r"\.step-\d{8,}\.npz\.[0-9a-f]{8}\.tmp")
-_LOCK = "lock"
+LOCK = "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -116,8 +116,8 @@ class Folder:
         self._create()
         self._lock = self._locked()
         try:
-            for name in self._names(_TEMPORARY):  # of a run that was killed while it wrote
-                (self.path / name).unlink(missing_ok=True)
+            for name in filter(_TEMPORARY.fullmatch, os.listdir(self.path)):
+                (self.path / name).unlink(missing_ok=True)  # of a run that was killed while it wrote
             self._try_to_write()
         except OSError as error:
             if (
@@ -150,7 +150,7 @@ class Folder:
             try:
                 content = path.read_bytes()
             except OSError as error:
-                damaged[path] = f"cannot be read ({_reason(error)})"
+                damaged[path] = f"cannot be read ({reason_of(error)})"
                 continue
             if archive.intact(content):
                 for other, what in damaged.items():
@@ -177,7 +177,7 @@ class Folder:
             archive.write(path, trees, meta)
         except OSError as error:
             gone = isinstance(error, archive.MissingFileError)
-            reason = "the folder is no longer there" if gone else _reason(error)
+            reason = "the folder is no longer there" if gone else reason_of(error)
             return f"The checkpoint of step {step} could not be written to {path}: {reason}."
         with contextlib.suppress(OSError):
             steps = self._steps()
@@ -196,12 +196,12 @@ class Folder:
                 raise ValueError(
                     f"checkpoint: {self.path} is a file, and checkpoints go into a folder; give a folder."
                 ) from None
-            reason = _reason(error) if isinstance(error, OSError) else error
+            reason = reason_of(error) if isinstance(error, OSError) else error
             raise ValueError(f"checkpoint: the folder {self.path} cannot be created: {reason}.") from error
 
     def _locked(self) -> int:
         """The open lock file of the folder."""
-        path = self.path / _LOCK
+        path = self.path / LOCK
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
@@ -250,15 +250,11 @@ class Folder:
             trial.unlink(missing_ok=True)
 
     def _unwritable(self, error: OSError) -> str:
-        return f"checkpoint: the folder {self.path} cannot be written to: {_reason(error)}."
-
-    def _names(self, pattern: re.Pattern) -> list[str]:
-        return [name for name in os.listdir(self.path) if pattern.fullmatch(name)]
+        return f"checkpoint: the folder {self.path} cannot be written to: {reason_of(error)}."
 
     def _steps(self) -> dict[int, Path]:
         """The files by step, oldest first."""
-        numbers = ((int(name[len("step-") : -len(".npz")]), name) for name in self._names(_STEP))
-        return {number: self.path / name for number, name in sorted(numbers)}
+        return {int(name[len("step-") : -len(".npz")]): self.path / name for name in files(self.path)}
 
     def _put_aside(self, path: Path, what: str, taken: Path) -> None:
         kept = ""
@@ -283,7 +279,13 @@ def _free(folder: Path, stem: str) -> Path:
     return path
 
 
-def _reason(error: OSError) -> str:
+def files(folder: Path) -> list[str]:
+    """Names of the checkpoints in a folder, oldest first."""
+    return sorted(filter(_STEP.fullmatch, os.listdir(folder)), key=lambda name: (len(name), name))
+
+
+def reason_of(error: OSError) -> str:
+    """Why the system refused."""
     return error.strerror or str(error)
 
 

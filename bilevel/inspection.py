@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-import re
 import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from bilevel import archive, panels, stored
-from bilevel.problem import Status
+from bilevel import archive, checkpoint, panels, stored
 from bilevel.progress import duration
 from bilevel.result import Result
-from bilevel.result_report import values_in_words
+from bilevel.result_report import statuses, told
 
-# Names that `bilevel.checkpoint` gives its files.
-_STEP, _LOCK = re.compile(r"step-\d{8,}\.npz"), "lock"
 # Leaves that are listed.
 _MOST_LEAVES = 24
 # A file of a run that goes on may be removed between two looks.
@@ -83,27 +79,23 @@ def look(path: str | os.PathLike) -> Seen:
 
 def _folder(path: Path) -> Seen:
     for _ in range(_LOOKS):
-        files = _names(path)
+        files = checkpoint.files(path)
         damaged: list[str] = []
         for name in reversed(files):
             try:
-                with archive.File(path / name) as file:
-                    return _checkpoint(file, path, [*_about_files(files, damaged), *_process(path)])
+                file = archive.File(path / name)
             except archive.MissingFileError:  # an older one, removed meanwhile
                 continue
             except ValueError:
                 damaged.append(name)
+                continue
+            with file, contextlib.suppress(FileNotFoundError):
+                return _checkpoint(file, path, [*_about_files(files, damaged), *_process(path)])
         if damaged:
             raise ValueError(f"{path}: every checkpoint is damaged ({', '.join(damaged)}).")
         if not files:
             break
     raise ValueError(_nothing(path))
-
-
-def _names(path: Path) -> list[str]:
-    """Files of checkpoints, oldest first."""
-    found = [name for name in os.listdir(path) if _STEP.fullmatch(name)]
-    return sorted(found, key=lambda name: (len(name), name))
 
 
 def _nothing(path: Path) -> str:
@@ -136,7 +128,7 @@ def _about_files(files: list[str], damaged: list[str]) -> list[tuple[str, str]]:
 def _holder(path: Path) -> int | None:
     """The process that says it uses the folder; one that was killed still does, one that ended does not."""
     try:
-        text = (path / _LOCK).read_text().strip()
+        text = (path / checkpoint.LOCK).read_text().strip()
     except (OSError, ValueError):
         return None
     return int(text) if text.isdecimal() else None
@@ -177,8 +169,9 @@ def _checkpoint(file: archive.File, folder: Path, facts: list[tuple[str, str]]) 
     meta = file.meta
     step, shown = meta["step"], meta.get("shown")
     of = f" of {shown['steps']:,}" if shown else ""
-    age = max(time.time() - file.path.stat().st_mtime, 0.0)
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(file.path.stat().st_mtime))
+    written = file.path.stat().st_mtime
+    age = max(time.time() - written, 0.0)
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written))
     facts = [
         ("written", f"{when}, {duration(age)} ago"),
         *facts,
@@ -214,7 +207,7 @@ def _result(file: archive.File) -> Seen:
 def _values(result: Result) -> list[tuple[str, str]]:
     """Statuses, values, the test value and the hyperparameters."""
     history, best = result.history, result.best
-    codes = [Status(int(code)) for code in np.ravel(np.asarray(result.status))]
+    codes = statuses(result)
     ended = ", ".join(f"{codes.count(code)} {code.name}" for code in sorted(set(codes)))
     of = "" if best.member is None else f" of member {best.member}"
     facts = [("status", codes[0].name if best.member is None else f"members: {ended}")]
@@ -232,10 +225,9 @@ def _values(result: Result) -> list[tuple[str, str]]:
         seen = np.flatnonzero(np.isfinite(column))
         facts += [("test", f"{column[seen[-1]]:.6g} at step {seen[-1]}")] if len(seen) else []
     leaves = panels.leaves(result)
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(best.hparams)]
-    for leaf, shape in zip(leaves[:_MOST_LEAVES], shapes, strict=False):
-        sizes = f" {'x'.join(map(str, shape))}" if shape else ""
-        first, at_best, at_end = map(values_in_words, (leaf.start, leaf.best, leaf.last))
+    for leaf in leaves[:_MOST_LEAVES]:
+        sizes = f" {'x'.join(map(str, leaf.shape))}" if leaf.shape else ""
+        first, at_best, at_end = told(leaf)
         facts.append((f"hparams{leaf.name}{sizes}", f"{first} first, {at_best} best, {at_end} last"))
     if len(leaves) > _MOST_LEAVES:
         facts.append(("hparams", f"{len(leaves) - _MOST_LEAVES} more"))

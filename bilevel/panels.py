@@ -30,23 +30,19 @@ class Panel(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One leaf of the hyperparameters: its place among all, its name, and its values.
+    """One leaf of the hyperparameters: its place among all, its name, its shape, and its values.
 
-    ``first`` is known where the leaf has few entries, ``best`` and ``last`` where they can be read here.
-    ``spread``: of a leaf of many entries, the quantiles 0, 1/4, 1/2, 3/4 and 1 of those it began with.
+    ``start``: the entries it began with or, where they are ``many``, their quantiles 0, 1/4, 1/2, 3/4 and 1;
+    None where that is not on record. ``best`` and ``last`` are known where they can be read here.
     """
 
     place: int
     name: str
-    first: np.ndarray | None
+    shape: tuple[int, ...]
+    many: bool
+    start: np.ndarray | None
     best: np.ndarray | None
     last: np.ndarray | None
-    spread: np.ndarray | None
-
-    @property
-    def start(self) -> np.ndarray | None:
-        """The entries it began with, or their quantiles."""
-        return self.spread if self.first is None else self.first
 
 
 def leaves(result: Result) -> list[Leaf]:
@@ -58,15 +54,15 @@ def leaves(result: Result) -> list[Leaf]:
     for i, ((path, end), at_best) in enumerate(zip(last, best, strict=True)):
         rows = trail[i] if member is None else trail[i][:, member]
         begun = np.asarray(rows[0], float) if len(rows) and result.trajectory.steps[0] == 0 else None
-        many = result.trajectory.quantiles[i]
         found.append(
             Leaf(
                 place=i,
                 name=jax.tree_util.keystr(path),
-                first=None if many else begun,
+                shape=np.shape(at_best),
+                many=result.trajectory.quantiles[i],
+                start=begun,
                 best=_array(at_best),
                 last=_array(end, member),
-                spread=begun if many else None,
             )
         )
     return found
@@ -116,8 +112,8 @@ def _of_leaf(result: Result, leaf: Leaf) -> list[Panel]:
     tiles = _tiles(shown)
     if tiles is not None:
         picture = Panel(title, lambda ax: _plot_picture(ax, result, leaf, tiles, title))
-        return [picture, over_time] if leaf.spread is not None else [picture]
-    if leaf.spread is None:
+        return [picture, over_time] if leaf.many else [picture]
+    if not leaf.many:
         return [over_time]
     return [over_time, Panel(title, lambda ax: _plot_histogram(ax, result, leaf, shown, title))]
 
@@ -126,18 +122,18 @@ def _of_leaf(result: Result, leaf: Leaf) -> list[Panel]:
 
 
 def _plot_lines(ax, result: Result, leaf: Leaf, title: str) -> None:
-    many = leaf.spread is not None
-    entries = 1 if leaf.first is None else leaf.first.size
-    if many or entries <= _NAMED_LINES:
+    first = None if leaf.many else leaf.start
+    entries = 1 if first is None else first.size
+    if leaf.many or entries <= _NAMED_LINES:
         colours: Any = [plots.BLUE, plots.VERMILION, plots.GREEN, plots.ORANGE, plots.PURPLE, plots.SKY]
     else:
         from matplotlib import colormaps
 
         colours = colormaps["viridis"](np.linspace(0, 0.9, entries))
-    ax.set_prop_cycle(color=[plots.BLUE] if many else colours)
+    ax.set_prop_cycle(color=[plots.BLUE] if leaf.many else colours)
     plots.plot_leaf(ax, result.trajectory, leaf.place, result.best.member)
-    if 1 < entries <= _NAMED_LINES and leaf.first is not None:
-        for line, index in zip(ax.lines[-entries:], np.ndindex(leaf.first.shape), strict=True):
+    if 1 < entries <= _NAMED_LINES and first is not None:
+        for line, index in zip(ax.lines[-entries:], np.ndindex(first.shape), strict=True):
             line.set_label(str(list(index)))
         ax.legend(handles=ax.lines[-entries:], **plots.SMALL)
     if np.isfinite(result.best.value):
@@ -160,7 +156,7 @@ def _plot_histogram(ax, result: Result, leaf: Leaf, shown: np.ndarray, title: st
     ax.hist(shown.ravel(), bins, color=plots.BLUE, alpha=0.6, label=f"best (step {result.best.step})")
     if not np.array_equal(last, shown):
         ax.hist(last.ravel(), bins, color="k", histtype="step", lw=0.8, label="end")
-    begun = leaf.spread
+    begun = leaf.start
     if begun is not None and np.isfinite(begun).all() and not (wide and begun[0] <= 0):
         if begun[0] == begun[4]:
             ax.axvline(begun[2], color=plots.VERMILION, lw=1.2, ls="--", label="start (all)")
@@ -199,8 +195,8 @@ def _is_filter(sides: tuple[int, ...]) -> bool:
 def _plot_picture(ax, result: Result, leaf: Leaf, tiles: np.ndarray, title: str) -> None:
     """The pictures at the best step; of one that is small the start beside it."""
     count = len(tiles)
-    if leaf.first is not None and count == 1:
-        before = _tiles(leaf.first)
+    if leaf.start is not None and not leaf.many and count == 1:
+        before = _tiles(leaf.start)
         tiles = tiles if before is None else np.concatenate([before, tiles])
     grid = _mosaic(tiles[np.linspace(0, len(tiles) - 1, min(len(tiles), _MOST_TILES)).astype(int)])
     low, high = float(tiles.min()), float(tiles.max())

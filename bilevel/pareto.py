@@ -93,14 +93,15 @@ def chebyshev(objectives, weights, ideal=0.0, smoothing: float = 0.01) -> jax.Ar
       1.500
     """
     mu = validation.number("smoothing", smoothing, minimum=0.0)
-    objectives, weights, ideal = jnp.asarray(objectives), jnp.asarray(weights), jnp.asarray(ideal)
+    given, objectives = weights, jnp.asarray(objectives)
+    weights, ideal = jnp.asarray(weights), jnp.asarray(ideal)
     if objectives.ndim != 1 or weights.shape != objectives.shape:
         raise ValueError(
             "objectives and weights must both have shape (k,), of k objectives, got "
             f"{objectives.shape} and {weights.shape}; take jax.vmap for many points."
         )
-    if readable(weights) and np.any(np.asarray(weights) < 0):
-        raise ValueError(f"weights must not be negative, got {np.asarray(weights).min():g}.")
+    if all(map(readable, jax.tree.leaves(given))) and np.any(np.asarray(given) < 0):
+        raise ValueError(f"weights must not be negative, got {np.min(np.asarray(given)):g}.")
     distance = weights * (objectives - ideal)
     return mu * jax.nn.logsumexp(distance / mu) if mu else jnp.max(distance)
 

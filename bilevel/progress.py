@@ -193,7 +193,22 @@ def _display() -> Display:
     return Terminal() if terminal and not os.environ.get("CI") else Lines(stream)
 
 
-class Terminal:
+class _Redrawn:
+    """A display that is drawn anew, unless that was done a moment ago."""
+
+    _drawn = -np.inf
+
+    def show(self, facts: Facts, last: bool) -> None:
+        now = time.monotonic()
+        if last or now - self._drawn >= _REDRAW_SECONDS:
+            self._drawn = now
+            self._draw(facts)
+
+    def _draw(self, facts: Facts) -> None:
+        raise NotImplementedError
+
+
+class Terminal(_Redrawn):
     """Two lines that are drawn anew, below whatever else is printed."""
 
     def __init__(self):
@@ -204,14 +219,9 @@ class Terminal:
         # What callbacks print goes above the two lines, but never from a file to the terminal.
         prints = sys.stdout is not None and sys.stdout.isatty()
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=prints)
-        self._drawn, self._started = -np.inf, False
+        self._started = False
 
-    def show(self, facts: Facts, last: bool) -> None:
-        """Draw, unless that was done a moment ago."""
-        now = time.monotonic()
-        if not last and now - self._drawn < _REDRAW_SECONDS:
-            return
-        self._drawn = now
+    def _draw(self, facts: Facts) -> None:
         if not self._started:
             self._live.start()
             self._started = True
@@ -237,20 +247,15 @@ def _two_lines(facts: Facts):
     return Group(first, second)
 
 
-class Notebook:
+class Notebook(_Redrawn):
     """One output of a cell that is replaced by the next."""
 
     def __init__(self):
         from IPython.display import display
 
-        self._display, self._handle, self._drawn = display, None, -np.inf
+        self._display, self._handle = display, None
 
-    def show(self, facts: Facts, last: bool) -> None:
-        """Show, unless that was done a moment ago."""
-        now = time.monotonic()
-        if not last and now - self._drawn < _REDRAW_SECONDS:
-            return
-        self._drawn = now
+    def _draw(self, facts: Facts) -> None:
         content = {"text/plain": _line(facts)}
         if self._handle is None:
             self._handle = self._display(content, raw=True, display_id=True)

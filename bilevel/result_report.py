@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel import diagnosis, panels, plots
+from bilevel import archive, diagnosis, panels, plots
 from bilevel.problem import Status
 from bilevel.progress import duration
 from bilevel.result import COUNT_COLUMNS, Result
@@ -77,13 +76,8 @@ def write(
     if path.is_dir():
         raise ValueError(f"path: {path} is a folder; give the path of a file, such as run.html.")
     content = page(result, title, notes or {}, loads)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with archive.aside(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def page(result: Result, title: str, notes: Mapping[str, Any], loads: str | None = None) -> str:
@@ -127,13 +121,14 @@ def _text(value: Any) -> str:
 # --- How it ended -------------------------------------------------------------------------------------------
 
 
-def _statuses(result: Result) -> list[Status]:
+def statuses(result: Result) -> list[Status]:
+    """Of the run, or of each member."""
     return [Status(int(code)) for code in np.ravel(np.asarray(result.status))]
 
 
 def _ending(result: Result) -> str:
     """The status and why; of a population how many members ended how."""
-    every = _statuses(result)
+    every = statuses(result)
     badges = []
     for status in sorted(set(every)):
         count = f"{every.count(status)} of {len(every)} " if result.members is not None else ""
@@ -149,7 +144,7 @@ def _advice(result: Result) -> list[str]:
     """The sentences of a message that are advice, each once."""
     if result.members is not None:
         return []
-    status, found = _statuses(result)[0], {}
+    status, found = statuses(result)[0], {}
     for may_rest in (False, True):
         for bounded in (False, True):
             found.update(dict.fromkeys(diagnosis.final(status, result.history, may_rest, bounded)[1]))
@@ -174,7 +169,7 @@ def warnings_of(result: Result) -> list[str]:
             "validation data may be overfitted, or the two splits differ."
         )
     if result.members is not None:
-        failed = _statuses(result).count(Status.DIVERGED)
+        failed = statuses(result).count(Status.DIVERGED)
         warned += [f"{failed} of {len(result.members.messages)} members diverged."] if failed else []
     return warned
 
@@ -256,12 +251,9 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _hyperparameters(result: Result) -> str:
-    leaves = panels.leaves(result)
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(result.best.hparams)]
     rows = [
-        (f"hparams{leaf.name}", "x".join(map(str, shape)) or "number")
-        + tuple(values_in_words(v) for v in (leaf.start, leaf.best, leaf.last))
-        for leaf, shape in zip(leaves, shapes, strict=True)
+        (f"hparams{leaf.name}", "x".join(map(str, leaf.shape)) or "number", *told(leaf))
+        for leaf in panels.leaves(result)
     ]
     more = f" {len(rows) - _MOST_ROWS} more are not listed." if len(rows) > _MOST_ROWS else ""
     whose = "" if result.best.member is None else f" Those of member {result.best.member}."
@@ -269,11 +261,16 @@ def _hyperparameters(result: Result) -> str:
     return _table(("name", "shape", "first", "best", "last"), rows[:_MOST_ROWS], caption)
 
 
-def values_in_words(values: np.ndarray | None) -> str:
-    """Few numbers as they are; of many the least, the median and the largest."""
+def told(leaf: panels.Leaf) -> tuple[str, str, str]:
+    """First, best and last values, in words."""
+    return values_in_words(leaf.start, leaf.many), values_in_words(leaf.best), values_in_words(leaf.last)
+
+
+def values_in_words(values: np.ndarray | None, quantiles: bool = False) -> str:
+    """Few numbers as they are; of many, or of their ``quantiles``, the least, the median and the largest."""
     if values is None or not values.size:
         return "not known"
-    if values.size <= _LISTED and values.ndim < 2 and values.size != 5:
+    if values.size <= _LISTED and values.ndim < 2 and not quantiles:
         return ", ".join(f"{v:.4g}" for v in values.ravel())
     return f"{values.min():.4g} .. {np.median(values):.4g} .. {values.max():.4g}"
 
@@ -285,7 +282,7 @@ def _members(result: Result) -> str:
     tested = members.test["best"]["value"] if members.test else None
     rows = [
         (
-            i, _statuses(result)[i].name, f"{members.value[i]:.6g}", members.step[i],
+            i, statuses(result)[i].name, f"{members.value[i]:.6g}", members.step[i],
             *([] if tested is None else [f"{tested[i]:.6g}"]), members.messages[i],
         )
         for i in order[:_MOST_ROWS].tolist()

@@ -8,6 +8,7 @@ backend, which on an accelerator would take memory from the run that is looked a
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -137,6 +138,9 @@ def _ended(status: Status, all_done: bool) -> str:
 def _record(file: File, shown: dict, hparams: PyTree, members: int | None) -> Record:
     names = ("rows", "seconds", "trail_steps", "trail")
     trees = {name: _tree_of(file, name) for name in names}
+    # Dicts have their leaves sorted by name, which those of the run need not be.
+    places = jax.tree.leaves(_tree(shown["hparams"], list(range(len(shown["hparams"])))))
+    trees["trail"] = [trees["trail"][i] for i in places]
     plan: Any = types.SimpleNamespace(
         columns=tuple(shown["columns"]),
         judged_columns=tuple(shown["judged"]),
@@ -149,7 +153,7 @@ def _record(file: File, shown: dict, hparams: PyTree, members: int | None) -> Re
     return record
 
 
-def _tree(paths: list[list[str | int]], leaves: list[np.ndarray]) -> PyTree:
+def _tree(paths: list[list[str | int]], leaves: Sequence[Any]) -> PyTree:
     """Leaves under their names, in dicts."""
     if paths == [[]]:
         return leaves[0]

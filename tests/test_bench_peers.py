@@ -186,7 +186,7 @@ def test_a_package_that_is_missing_is_a_row(tmp_path):
     assert "Traceback" in log.read_text()
 
 
-def test_an_error_in_a_peer_is_an_answer(tmp_path):
+def test_an_error_in_a_peer_is_an_answer():
     found = Here(ours.PEERS[0]).ask({"do": "time", "calls": 1})
     assert found == {"failed": "RuntimeError: nothing is prepared"}
 

@@ -14,7 +14,7 @@ import pytest
 from made_results import result as made
 
 import bilevel
-from bilevel import archive, inspection, stored
+from bilevel import archive, checkpoint, inspection, panels, stored
 from bilevel.checkpoint import Folder, checkpoints
 from bilevel.problem import Status
 
@@ -139,8 +139,8 @@ def test_a_run_that_goes_on_is_left_alone(folders, tmp_path):
 
 def test_a_file_that_is_removed_meanwhile(folders, tmp_path, monkeypatch):
     (tmp_path / "step-00000008.npz").write_bytes(newest(folders[0] / "single").read_bytes())
-    names = inspection._names
-    monkeypatch.setattr(inspection, "_names", lambda path: [*names(path), "step-00000009.npz"])
+    names = checkpoint.files
+    monkeypatch.setattr(checkpoint, "files", lambda path: [*names(path), "step-00000009.npz"])
     assert "step-00000008.npz: a checkpoint" in inspection.look(tmp_path).heading
 
 
@@ -153,6 +153,23 @@ def test_a_checkpoint_without_names(folders, tmp_path):
     assert "no values can be shown" in dict(seen.facts)["names"]
     with pytest.raises(ValueError, match="kept no names: it cannot be drawn"):
         seen.known()
+
+
+def test_hyperparameters_keep_their_names_whatever_their_order(tmp_path):
+    def inner_of(w, h, x):
+        return 0.5 * jnp.sum((w - x) ** 2) + 0.5 * jnp.exp(h.rate) * jnp.sum(jnp.exp(h.decay) * w**2)
+
+    problem = bilevel.Problem(inner_of, lambda w, h, x: jnp.sum((w - x) ** 2))
+    given = Own(np.array(-1.0), np.array([2.0, 3.0]))
+    path = bilevel.checkpoints(tmp_path, every=4)
+    data = np.ones(2), np.full(2, 0.5)
+    result = bilevel.optimize(
+        problem, np.zeros(2), given, *data, METHOD, 4, checkpoint=path, judge_every=2, progress=False
+    )
+    for found in panels.leaves(inspection.look(tmp_path).known()):
+        name = found.name.strip("[']")
+        np.testing.assert_array_equal(found.start, getattr(given, name))
+        np.testing.assert_array_equal(found.last, getattr(result.hparams, name))
 
 
 # --- Results ------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def test_it_is_drawn_ten_times_a_second_at_most(terminal):
     with reporter(True, 10**6) as tell:
         for i in range(200):
             tell(i + 1, rows(i, [1.0]))
-    assert seen().count("outer steps") < 20
+    assert 2 <= seen().count("outer steps") < 20  # the first and the last always
 
 
 @pytest.mark.parametrize(("name", "value"), [("CI", "true"), ("TERM", "dumb")])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.callbacks import rows as tables
+from bilevel.checkpoint import reason_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,8 +65,8 @@ def tensorboard(folder: str | os.PathLike, columns: Sequence[str] | None = None)
 
     Args:
       folder: is made where it is missing.
-      columns: of the history, besides "step"; default all. A number takes 0.1 ms to write: choose some where
-        outer steps are fast.
+      columns: of the history, besides "step"; default all, which takes time where outer steps are fast.
+        "seconds" is the time of each entry, and no column.
 
     Raises:
       ImportError: tensorboardX is missing (``pip install 'bilevel[tensorboard]'``).
@@ -84,5 +85,5 @@ def tensorboard(folder: str | os.PathLike, columns: Sequence[str] | None = None)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(f"folder: {path} cannot be written to: {tables.reason(error)}.") from error
+        raise ValueError(f"folder: {path} cannot be written to: {reason_of(error)}.") from error
     return TensorBoard(path, tables.names(columns), SummaryWriter)

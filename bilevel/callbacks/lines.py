@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel.callbacks import rows as tables
+from bilevel.checkpoint import reason_of
 
 
 class Format(NamedTuple):
@@ -50,7 +51,7 @@ class Log:
             self._write()
         except OSError as error:
             warnings.warn(
-                f"{self.path} could not be written: {tables.reason(error)}; the rows wait for the next call.",
+                f"{self.path} could not be written: {reason_of(error)}; the rows wait for the next call.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -175,7 +176,7 @@ def _file(value: str | os.PathLike, kind: Format) -> Path:
         with open(path, "r+b") as file:
             start = file.read(len(kind.begins))
     except OSError as error:
-        raise ValueError(f"path: {path} cannot be written to: {tables.reason(error)}.") from error
+        raise ValueError(f"path: {path} cannot be written to: {reason_of(error)}.") from error
     if not kind.begins.startswith(start):
         raise ValueError(
             f"path: {path} holds something that callbacks.{kind.name} did not write; give another file."

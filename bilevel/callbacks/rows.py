@@ -54,8 +54,3 @@ def path_of(name: str, value: str | os.PathLike) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise TypeError(f"{name} must be a path, got {value!r}.")
     return Path(os.fsdecode(value))
-
-
-def reason(error: OSError) -> str:
-    """Why the system refused."""
-    return error.strerror or str(error)
