@@ -16,7 +16,10 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 
 
 def sources(names=()) -> list[Path]:
@@ -27,7 +30,7 @@ def sources(names=()) -> list[Path]:
 def read(source: Path):
     """The notebook of a source, not yet executed."""
     notebook = jupytext.read(source, fmt="py:percent")
-    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    notebook.metadata = dict(METADATA)
     notebook.nbformat_minor = 5
     for i, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{i:02}", {}
@@ -40,7 +43,7 @@ def execute(notebook, timeout: int = 300):
         notebook, timeout=timeout, record_timing=False, resources={"metadata": {"path": str(FOLDER)}}
     )
     client.execute()
-    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    notebook.metadata = dict(METADATA)
     for cell in notebook.cells:
         cell.metadata = {}
     return notebook

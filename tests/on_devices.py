@@ -21,7 +21,6 @@ if SETTINGS:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", SETTINGS["devices"])
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_disable_most_optimizations", True)
     if SETTINGS["processes"] > 1:
         jax.distributed.initialize(
             f"127.0.0.1:{SETTINGS['port']}",

@@ -6,13 +6,11 @@ language directly below a block holds what the block prints, and a block that pr
 its output in its last lines, as ``# > text``. The last digit of a printed decimal may be off by one.
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import as_a_reader
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,17 +55,7 @@ def read(page: Path) -> tuple[str, list[str]]:
 
 def run(script: Path, cwd: Path, dropped: str = "device_count") -> str:
     """What a script prints, run as a reader would, without the flags of XLA that ``dropped`` finds."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    env["XLA_FLAGS"] = " ".join(flag for flag in env["XLA_FLAGS"].split() if not re.search(dropped, flag))
-    done = subprocess.run(
-        [sys.executable, script],
-        cwd=cwd,
-        env={**env, "MPLBACKEND": "Agg", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = as_a_reader(script, cwd, 300, dropped)
     assert done.returncode == 0, f"{script.name}:\n{done.stderr}"
     assert "Warning" not in done.stderr, f"{script.name}:\n{done.stderr}"
     return done.stdout

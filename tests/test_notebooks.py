@@ -4,13 +4,13 @@ import ast
 import base64
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import as_a_reader
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
@@ -110,17 +110,7 @@ def test_notebook_is_executed_with_pictures_and_says_nothing_of_a_machine(source
 )
 def test_source_runs_as_a_script(source, tmp_path):
     """In a process of its own, without the settings of `conftest.py` but for its quick compilation."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    env["XLA_FLAGS"] = " ".join(flag for flag in env["XLA_FLAGS"].split() if "device_count" not in flag)
-    done = subprocess.run(
-        [sys.executable, source],
-        cwd=tmp_path,
-        env={**env, "MPLBACKEND": "Agg", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    done = as_a_reader(source, tmp_path, 600)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     assert not list(tmp_path.iterdir()), "it leaves files behind"
