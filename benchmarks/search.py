@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -50,19 +51,27 @@ def grid(box: Box, seed: int) -> Proposals:
                 yield at(box, index / intervals)
 
 
-def tpe(box: Box, seed: int) -> Proposals:
-    """Optuna's tree-structured Parzen estimator."""
-    import optuna
+def sampled(make: Callable[[Any, int], Any]) -> Propose:
+    """Proposals of the Optuna sampler ``make(optuna.samplers, seed)``."""
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    while True:
-        trial = study.ask()
-        value = yield {name: trial.suggest_float(name, *ends, log=True) for name, ends in box.items()}
-        if np.isfinite(value):
-            study.tell(trial, value)
-        else:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    def propose(box: Box, seed: int) -> Proposals:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=make(optuna.samplers, seed))
+        while True:
+            trial = study.ask()
+            value = yield {name: trial.suggest_float(name, *ends, log=True) for name, ends in box.items()}
+            if np.isfinite(value):
+                study.tell(trial, value)
+            else:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+    return propose
+
+
+# The tree-structured Parzen estimator.
+tpe = sampled(lambda samplers, seed: samplers.TPESampler(seed=seed))
 
 
 def check_optuna() -> None:

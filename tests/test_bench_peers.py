@@ -2,10 +2,13 @@
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
 
+from benchmarks import methods, runner
+from benchmarks.found import Found
 from benchmarks.peers import cold as cold_runs
 from benchmarks.peers import command, handles, instances, jax_by_hand, measured, ours, questions, report
 from benchmarks.peers import searches as all_searches
@@ -277,6 +280,32 @@ def test_a_cold_run_counts_until_the_target():
     assert cold_runs.row("a", [*runs, {"failed": "died"}], 0.5) == Row("a", FAILED, "died")
     looks = cold_runs.looks(300)
     assert (looks[0], looks[-1]) == (1, 300)
+
+
+def test_a_run_is_looked_at_in_time():
+    h = np.zeros(1)
+
+    def advance():
+        h[0] += 1  # in place, as torch's Adam does
+        return h
+
+    times, hs = cold_runs.looked(300, advance)
+    assert np.ravel(hs).tolist() == cold_runs.looks(300).tolist()
+    assert len(times) == len(hs)
+    assert times == sorted(times)
+
+
+def test_no_point_of_a_run_counts_as_better_than_its_answer(monkeypatch):
+    found = Found(np.zeros((3, 4)), 3.0, "", "", ("answer",), later=lambda points: [])
+    method = types.SimpleNamespace(
+        check=lambda: None, warm_up=lambda task: 0.5, run=lambda task, budget, seed: found
+    )
+    monkeypatch.setitem(methods.METHODS, "default", method)
+    points = [types.SimpleNamespace(seconds=t, solved=v) for t, v in [(1.0, 0.9), (2.0, 0.2), (3.0, 0.3)]]
+    monkeypatch.setattr(runner, "thinned_curve", lambda task, ended: points)
+    monkeypatch.setattr(runner, "judged", lambda task, candidates: {("answer",): (0.3, 0.4, {})}[candidates])
+    curve = all_searches.curve("logistic", "bilevel", 0, 1.0)
+    assert curve == {"seconds": [1.0, 2.0, 3.0], "values": [0.9, 0.3, 0.3], "compile_seconds": 0.5}
 
 
 def test_searches_are_compared_with_the_best_sampler_of_each_seed():

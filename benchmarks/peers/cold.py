@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.peers import instances
 from benchmarks.peers.handles import started
-from benchmarks.peers.measured import CANNOT, FAILED, RIGHT, WRONG, Row
+from benchmarks.peers.measured import RIGHT, WRONG, Row, reached, reason
 
 KINDS = {"logistic": instances.cancer, "cleaning": instances.digits}
-OUTER_STEPS, INNER_STEPS, OUTER_RATE = 300, 20, 0.1
+OUTER_STEPS, INNER_STEPS = 300, 20
 INNER_RATE = {"logistic": 0.1, "cleaning": 0.5}
 LOOKS, SLACK = 40, 1.02
 BASE = "JAX by hand"
@@ -29,6 +30,17 @@ BASE = "JAX by hand"
 def looks(steps: int) -> np.ndarray:
     """Numbers of outer steps after which hyperparameters are looked at."""
     return np.unique(np.geomspace(1, steps, LOOKS).round().astype(int))
+
+
+def looked(steps: int, advance: Callable[[], Any]) -> tuple[list[float], list[np.ndarray]]:
+    """Times and hyperparameters at `looks`; ``advance`` takes an outer step and returns hyperparameters."""
+    times, hs, wanted = [], [], set(looks(steps).tolist())
+    for step in range(1, steps + 1):
+        h = advance()
+        if step in wanted:
+            hs.append(np.array(h))  # a copy: some change theirs in place
+            times.append(time.monotonic())
+    return times, hs
 
 
 def judged(instance: instances.Instance, hs: Sequence[np.ndarray]) -> list[float]:
@@ -67,17 +79,10 @@ def rows(kind: str, peers: Sequence[str], repeats: int, steps: int, core: int, l
 
 def row(peer: str, runs: Sequence[dict], target: float) -> Row:
     """Of all its runs."""
-    for status in (CANNOT, FAILED):
-        for run in runs:
-            if status in run:
-                return Row(peer, status, run[status])
+    if missing := reason(runs):
+        return Row(peer, *missing)
     value = float(runs[0]["values"][-1])
-    times = [_reached(run, target) for run in runs]
-    if None in times:
+    times = tuple(reached(run, target) for run in runs)
+    if not np.all(np.isfinite(times)):
         return Row(peer, WRONG, f"does not reach {target:.4g}", value=value)
-    return Row(peer, RIGHT, value=value, setting=target, seconds=tuple(t for t in times if t is not None))
-
-
-def _reached(run: dict, target: float) -> float | None:
-    """Seconds until then; None if never."""
-    return next((t for t, v in zip(run["seconds"], run["values"], strict=True) if v <= target), None)
+    return Row(peer, RIGHT, value=value, setting=target, seconds=times)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+
+# Of the task "along". Tolerances are of the residual; the largest that is accurate enough is looked for.
+TOLERANCES = (
+    0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 5e-3, 3e-3, 2e-3, 1e-3, 7e-4, 5e-4, 3e-4, 2e-4, 1e-4, 5e-5,
+)  # fmt: skip
+MOST_STEPS = 200
 
 
 class Case(NamedTuple):
@@ -41,3 +48,30 @@ class Peer:
     family: str
     tasks: Mapping[str, Callable[[str, Any], Callable] | str]
     settings: Sequence[Any] = ()
+
+
+def solver_peer(
+    name: str,
+    packages: tuple[str, ...],
+    family: ModuleType,
+    implicit: Callable,
+    unrolled: Callable | str,
+    tolerances: Sequence[float] = (),
+) -> Peer:
+    """A peer whose tasks "along" and "cold" follow from its maker for "implicit".
+
+    With ``tolerances``, the settings of "along", that maker is ``(kind, steps, tol)``, with a default of 0.
+    """
+    point = (lambda kind, tol: implicit(kind, MOST_STEPS, tol)) if tolerances else implicit
+    return Peer(
+        name=name,
+        packages=packages,
+        family=family.__name__.rpartition(".")[2],
+        tasks={
+            "implicit": implicit,
+            "unrolled": unrolled,
+            "along": family.along(point),
+            "cold": family.outer_run(implicit),
+        },
+        settings=tolerances,
+    )

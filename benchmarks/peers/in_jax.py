@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 
 import jax
@@ -11,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import measure
 from benchmarks.peers import cold
 from benchmarks.peers.contract import Case
-from benchmarks.peers.instances import CG_STEPS, L2, Instance
+from benchmarks.peers.instances import CG_STEPS, L2, OUTER_RATE, Instance
 
 
 def logistic_inner(w, h, batch):
@@ -58,7 +58,7 @@ def outer_run(maker: Callable[[str, int], Callable]):
     """Of a maker for the task "implicit": the usual fixed schedule, one jitted outer step after the other."""
 
     def made(kind: str, steps: int):
-        hypergradient, adam = maker(kind, CG_STEPS), optax.adam(cold.OUTER_RATE)
+        hypergradient, adam = maker(kind, CG_STEPS), optax.adam(OUTER_RATE)
         inner, rate = INNER[kind], cold.INNER_RATE[kind]
 
         @jax.jit
@@ -72,14 +72,14 @@ def outer_run(maker: Callable[[str, int], Callable]):
 
         def run(instance: Instance):
             w, h, train, valid = arguments(instance, "float32")
-            state, times, hs = adam.init(h), [], []
-            wanted = set(cold.looks(steps).tolist())
-            for step in range(1, steps + 1):
+            state = adam.init(h)
+
+            def advance():
+                nonlocal w, h, state
                 w, h, state = outer_step(w, h, state, train, valid)
-                if step in wanted:
-                    hs.append(np.asarray(h))
-                    times.append(time.monotonic())
-            return times, hs
+                return h
+
+            return cold.looked(steps, advance)
 
         return run
 
@@ -101,13 +101,11 @@ def prepared(fn: Callable, instance: Instance, dtype: str) -> Case:
     """Compiled for these arguments. Of a tuple that ``fn`` returns the first is the answer."""
     jax.config.update("jax_enable_x64", dtype == "float64")
     args = jax.block_until_ready(arguments(instance, dtype))
-    began = time.perf_counter()
     # A new function: nothing that was compiled before serves.
-    program = jax.jit(functools.partial(fn)).lower(*args).compile()
-    seconds = time.perf_counter() - began
+    program, seconds = measure.compiled(functools.partial(fn), *args)
 
     def call():
         out = program(*args)
         return np.asarray(out[0] if isinstance(out, tuple) else out)
 
-    return Case(call, seconds, program.memory_analysis().temp_size_in_bytes / 1e6)
+    return Case(call, seconds, measure.temporary_megabytes(program))

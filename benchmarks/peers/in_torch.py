@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn import functional
 
 from benchmarks.peers import cold
 from benchmarks.peers.contract import Case
-from benchmarks.peers.instances import CG_STEPS, L2, Instance
+from benchmarks.peers.instances import CG_STEPS, L2, OUTER_RATE, Instance
 
 torch.set_num_threads(1)
 
@@ -70,18 +69,18 @@ def outer_run(maker: Callable[[str, int], Callable]):
 
         def run(instance: Instance):
             w, h, train, valid = arguments(instance, "float32")
-            adam, times, hs = torch.optim.Adam([h], cold.OUTER_RATE), [], []
-            wanted = set(cold.looks(steps).tolist())
-            for step in range(1, steps + 1):
+            adam = torch.optim.Adam([h], OUTER_RATE)
+
+            def advance():
+                nonlocal w
                 for _ in range(cold.INNER_STEPS):
                     w.requires_grad_()
                     w = (w - rate * torch.autograd.grad(inner(w, h, train), w)[0]).detach()
                 h.grad = hypergradient(w, h, train, valid)
                 adam.step()
-                if step in wanted:
-                    hs.append(h.detach().numpy().copy())
-                    times.append(time.monotonic())
-            return times, hs
+                return h.detach()
+
+            return cold.looked(steps, advance)
 
         return run
 

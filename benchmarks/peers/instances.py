@@ -22,8 +22,10 @@ SIZES = {
     "logistic": {"small": (500, 200, 20), "middle": (5000, 2000, 200), "large": (20_000, 5000, 1000)},
     "cleaning": {"small": (200, 100, 16), "middle": (800, 300, 64), "large": (5000, 1000, 100)},
 }
+SEED = 0
 CLASSES, L2 = 10, 3e-3
 CG_STEPS = 20
+OUTER_RATE = 0.1
 UNROLLED_STEPS, UNROLLED_RATE = 100, 0.5
 
 
@@ -52,10 +54,10 @@ class Reference(NamedTuple):
 # --- Data -------------------------------------------------------------------------------------------------
 
 
-def logistic(size: str, seed: int = 0) -> Instance:
+def logistic(size: str) -> Instance:
     """Features of standard deviations from 1 to 0.15, labels of -1 and 1; w is the inner solution."""
     rows, valid, features = SIZES["logistic"][size]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     x = rng.standard_normal((rows + valid, features), np.float32) * np.geomspace(1, 0.15, features)
     x = x.astype(np.float32)
     slope = 4 * rng.standard_normal(features) / np.sqrt(features)
@@ -65,10 +67,12 @@ def logistic(size: str, seed: int = 0) -> Instance:
     return start._replace(w=solution(start))
 
 
-def cleaning(size: str, seed: int = 0) -> Instance:
+def cleaning(size: str) -> Instance:
     """Ten clusters, half of the training labels wrong, a constant feature; w is the inner solution."""
+    from benchmarks.problems.cleaning import corrupted
+
     rows, valid, features = SIZES["cleaning"][size]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     y = rng.integers(0, CLASSES, rows + valid)
     centres = rng.standard_normal((CLASSES, features - 1))
     x = centres[y] + 1.5 * rng.standard_normal((rows + valid, features - 1))
@@ -85,38 +89,31 @@ def cleaning(size: str, seed: int = 0) -> Instance:
     return start._replace(w=solution(start))
 
 
-def cancer(seed: int = 0) -> Instance:
+def cancer() -> Instance:
     """Breast cancer, 150 rows each, standardised, a constant feature; starts from zero, like `digits`."""
-    from sklearn.datasets import load_breast_cancer
+    from benchmarks.problems import logistic
 
-    x, labels = load_breast_cancer(return_X_y=True)
-    train, valid, _ = np.split(np.random.default_rng(seed).permutation(len(labels)), [150, 300])
-    x = np.column_stack([(x - x[train].mean(0)) / x[train].std(0), np.ones(len(x))]).astype(np.float32)
-    y = (2 * labels - 1).astype(np.int32)
-    features = x.shape[1]
-    h = np.full(features, np.log(1e-2), np.float32)
-    return Instance("logistic", np.zeros(features), h, x[train], y[train], x[valid], y[valid])
+    return _started("logistic", logistic.make(SEED), (), np.log(1e-2))
 
 
-def digits(seed: int = 0) -> Instance:
+def digits() -> Instance:
     """800 digits for training, half of them with a wrong label, 300 for validation."""
-    from sklearn.datasets import load_digits
+    from benchmarks.problems import cleaning
 
-    x, y = load_digits(return_X_y=True)
-    rng = np.random.default_rng(seed)
-    train, valid, _ = np.split(rng.permutation(len(y)), [800, 1100])
-    x = np.column_stack([x / 16, np.ones(len(x))]).astype(np.float32)
-    y = y.astype(np.int32)
-    start = np.zeros((x.shape[1], CLASSES))
-    given = corrupted(y[train], rng)
-    return Instance("cleaning", start, np.zeros(800, np.float32), x[train], given, x[valid], y[valid])
+    return _started("cleaning", cleaning.make(SEED), (CLASSES,), 0.0)
 
 
-def corrupted(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Half of the labels replaced by one of the other classes."""
-    labels, wrong = labels.copy(), rng.permutation(len(labels))[: len(labels) // 2]
-    labels[wrong] = (labels[wrong] + rng.integers(1, CLASSES, len(wrong))) % CLASSES
-    return labels
+def _started(kind: str, task, outputs: tuple[int, ...], h: float) -> Instance:
+    """With the data of a problem of the studies; one hyperparameter for each feature, or for each row."""
+    (x, y), (valid_x, valid_y) = (
+        (np.column_stack([part["x"], np.ones(len(part["x"]), np.float32)]), np.asarray(part["y"], np.int32))
+        for part in (task.train, task.valid)
+    )
+    rows, features = x.shape
+    count = {"logistic": features, "cleaning": rows}[kind]
+    return Instance(
+        kind, np.zeros((features, *outputs)), np.full(count, h, np.float32), x, y, valid_x, valid_y
+    )
 
 
 KINDS: dict[str, Callable[..., Instance]] = {"logistic": logistic, "cleaning": cleaning}
@@ -260,7 +257,7 @@ def steps_needed(instance: Instance, expected: np.ndarray, error: float) -> int:
     raise ArithmeticError(f"no error of {error} in 1000 steps")
 
 
-def run(instance: Instance, steps: int, rate: float = 0.1) -> tuple[np.ndarray, ...]:
+def run(instance: Instance, steps: int) -> tuple[np.ndarray, ...]:
     """``(ws, hs, hypergradients)`` of an outer run: an inexact Newton step on w, an Adam step on h."""
     ref, w, h = reference(instance), instance.w.astype(float), instance.h.astype(float)
     first, second = np.zeros_like(h), np.zeros_like(h)
@@ -272,7 +269,7 @@ def run(instance: Instance, steps: int, rate: float = 0.1) -> tuple[np.ndarray, 
         found.append((w, h, implicit(point, tol=1e-6)))
         slope = found[-1][2]
         first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
-        h = h - rate * first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        h = h - OUTER_RATE * first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
     ws, hs, slopes = (np.stack(each) for each in zip(*found, strict=True))
     return ws, hs, slopes
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.peers import in_jax
-from benchmarks.peers.contract import Peer
+from benchmarks.peers.contract import Peer, solver_peer
 from benchmarks.peers.in_jax import INNER, OUTER
 
 
@@ -52,17 +52,7 @@ def unroller(remat: bool):
 
 
 PEERS = (
-    Peer(
-        name="JAX by hand",
-        packages=("jax",),
-        family="in_jax",
-        tasks={
-            "implicit": implicit,
-            "unrolled": unroller(False),
-            "along": in_jax.along(implicit),
-            "cold": in_jax.outer_run(implicit),
-        },
-    ),
+    solver_peer("JAX by hand", ("jax",), in_jax, implicit, unroller(False)),
     Peer(
         name="JAX by hand, remat",
         packages=("jax",),

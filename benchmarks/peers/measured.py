@@ -52,6 +52,18 @@ class Question:
     accurate: float
 
 
+def reason(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    """Status and reason, where one of these answers is "cannot" or "failed"."""
+    found = ((status, run[status]) for status in (CANNOT, FAILED) for run in runs if status in run)
+    return next(found, None)
+
+
+def reached(run: Mapping[str, Any], target: float) -> float:
+    """Seconds after which a run's value is this low; inf where it never is."""
+    pairs = zip(run["seconds"], run["values"], strict=True)
+    return next((t for t, value in pairs if value <= target), float("inf"))
+
+
 def answered(handle: Handle, peer: str, question: Question, settings: Sequence[Any]) -> Row:
     """The row of the first of these settings that is accurate enough, or that of the last."""
     row = Row(peer, FAILED, "no setting")
@@ -60,9 +72,8 @@ def answered(handle: Handle, peer: str, question: Question, settings: Sequence[A
             {"do": "prepare", "task": question.task, "setting": setting, "file": str(question.file),
              "dtype": question.dtype}
         )  # fmt: skip
-        for status in (CANNOT, FAILED):
-            if status in found:
-                return Row(peer, status, found[status])
+        if missing := reason([found]):
+            return Row(peer, *missing)
         error = found["error"]
         right = error is not None and error <= question.accurate
         row = Row(

@@ -11,30 +11,9 @@ import optax
 
 import bilevel
 from benchmarks.peers import cold
-from benchmarks.peers.contract import Peer
+from benchmarks.peers.contract import MOST_STEPS, TOLERANCES, Peer
 from benchmarks.peers.in_jax import INNER, OUTER, arguments
 from bilevel.problem import Draw, Point
-
-# Of the residual, among which the largest that is accurate enough is looked for.
-TOLERANCES = (
-    0.3,
-    0.2,
-    0.1,
-    0.05,
-    0.03,
-    0.02,
-    0.01,
-    5e-3,
-    3e-3,
-    2e-3,
-    1e-3,
-    7e-4,
-    5e-4,
-    3e-4,
-    2e-4,
-    1e-4,
-    5e-5,
-)
 
 
 @functools.cache
@@ -66,7 +45,7 @@ def unroller(remat):
 
 def along(kind: str, tol: float):
     """Each system solved from the last solution until its residual is small, as the methods do."""
-    estimator, own = bilevel.implicit(bilevel.cg(max_steps=200, tol=tol)), problem(kind)
+    estimator, own = bilevel.implicit(bilevel.cg(max_steps=MOST_STEPS, tol=tol)), problem(kind)
 
     def call(ws, hs, train, valid):
         draw, key = Draw(lambda j: train, 1, False), jax.random.key(0)

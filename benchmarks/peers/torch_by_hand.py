@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.peers import in_torch
-from benchmarks.peers.contract import Peer
+from benchmarks.peers.contract import solver_peer
 from benchmarks.peers.in_torch import INNER, OUTER
 
 
@@ -68,26 +68,6 @@ def unrolled(kind: str, setting):
 
 
 PEERS = (
-    Peer(
-        name="torch by hand",
-        packages=("torch",),
-        family="in_torch",
-        tasks={
-            "implicit": implicit,
-            "unrolled": unrolled,
-            "along": in_torch.along(implicit),
-            "cold": in_torch.outer_run(implicit),
-        },
-    ),
-    Peer(
-        name="torch, hypertorch's form",
-        packages=("torch",),
-        family="in_torch",
-        tasks={
-            "implicit": fixed_point,
-            "unrolled": "the same as torch by hand",
-            "along": in_torch.along(fixed_point),
-            "cold": in_torch.outer_run(fixed_point),
-        },
-    ),
+    solver_peer("torch by hand", ("torch",), in_torch, implicit, unrolled),
+    solver_peer("torch, hypertorch's form", ("torch",), in_torch, fixed_point, "the same as torch by hand"),
 )

@@ -8,7 +8,7 @@ import torch
 from betty.hypergradient.cg import cg
 
 from benchmarks.peers import in_torch
-from benchmarks.peers.contract import Peer
+from benchmarks.peers.contract import solver_peer
 from benchmarks.peers.in_torch import INNER, OUTER
 
 
@@ -33,15 +33,11 @@ def implicit(kind: str, steps: int):
 
 
 PEERS = (
-    Peer(
-        name="betty",
-        packages=("betty-ml", "torch"),
-        family="in_torch",
-        tasks={
-            "implicit": implicit,
-            "unrolled": "its engine differentiates one step, or a linear system",
-            "along": in_torch.along(implicit),
-            "cold": in_torch.outer_run(implicit),
-        },
+    solver_peer(
+        "betty",
+        ("betty-ml", "torch"),
+        in_torch,
+        implicit,
+        "its engine differentiates one step, or a linear system",
     ),
 )

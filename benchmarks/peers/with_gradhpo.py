@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import gradhpo
-import numpy as np
 import optax
 
 from benchmarks.peers import cold
 from benchmarks.peers.contract import Peer
 from benchmarks.peers.in_jax import INNER, OUTER, arguments
+from benchmarks.peers.instances import OUTER_RATE
 
 NO_SYSTEM = "has no linear solver"
 
@@ -18,7 +16,7 @@ NO_SYSTEM = "has no linear solver"
 def unrolled(kind: str, setting):
     steps, rate = setting
     inner, outer = INNER[kind], OUTER[kind]
-    greedy = gradhpo.GreedyOptimizer(optax.sgd(rate), optax.adam(0.1), unroll_steps=steps, gamma=1.0)
+    greedy = gradhpo.GreedyOptimizer(optax.sgd(rate), optax.adam(OUTER_RATE), unroll_steps=steps, gamma=1.0)
 
     def call(w, h, train, valid):
         return greedy.compute_hypergradient(
@@ -32,7 +30,7 @@ def cold_run(kind: str, steps: int):
     """Its own step with as many inner steps as the others take."""
     inner, outer = INNER[kind], OUTER[kind]
     greedy = gradhpo.GreedyOptimizer(
-        optax.sgd(cold.INNER_RATE[kind]), optax.adam(cold.OUTER_RATE), unroll_steps=cold.INNER_STEPS
+        optax.sgd(cold.INNER_RATE[kind]), optax.adam(OUTER_RATE), unroll_steps=cold.INNER_STEPS
     )
 
     def valid_loss(w, h, batch):
@@ -41,13 +39,14 @@ def cold_run(kind: str, steps: int):
 
     def run(instance):
         w, h, train, valid = arguments(instance, "float32")
-        state, times, hs, wanted = greedy.init(w, h), [], [], set(cold.looks(steps).tolist())
-        for step in range(1, steps + 1):
+        state = greedy.init(w, h)
+
+        def advance():
+            nonlocal state
             state = greedy.step(state, train, valid, inner, valid_loss)
-            if step in wanted:
-                hs.append(np.asarray(state.hyperparams))
-                times.append(time.monotonic())
-        return times, hs
+            return state.hyperparams
+
+        return cold.looked(steps, advance)
 
     return run
 

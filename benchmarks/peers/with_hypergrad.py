@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypergrad.approx_hypergrad import conjugate_gradient
 
 from benchmarks.peers import in_torch
-from benchmarks.peers.contract import Peer
+from benchmarks.peers.contract import solver_peer
 from benchmarks.peers.in_torch import INNER, OUTER
 
 
@@ -25,15 +25,5 @@ def implicit(kind: str, steps: int):
 
 
 PEERS = (
-    Peer(
-        name="hypergrad",
-        packages=("hypergrad", "torch"),
-        family="in_torch",
-        tasks={
-            "implicit": implicit,
-            "unrolled": "has no reverse mode through steps",
-            "along": in_torch.along(implicit),
-            "cold": in_torch.outer_run(implicit),
-        },
-    ),
+    solver_peer("hypergrad", ("hypergrad", "torch"), in_torch, implicit, "has no reverse mode through steps"),
 )

@@ -8,19 +8,19 @@ import jax
 from jaxopt import GradientDescent, implicit_diff, linear_solve
 
 from benchmarks.peers import in_jax
-from benchmarks.peers.contract import Peer
+from benchmarks.peers.contract import TOLERANCES, solver_peer
 from benchmarks.peers.in_jax import INNER, OUTER
 
 
 def implicit_by(solve):
-    def implicit(kind: str, steps: int):
+    def implicit(kind: str, steps: int, tol: float = 0.0):
         inner, outer = INNER[kind], OUTER[kind]
 
         def call(w, h, train, valid):
             def optimality(w, h):
                 return jax.grad(inner)(w, h, train)
 
-            @implicit_diff.custom_root(optimality, solve=functools.partial(solve, maxiter=steps, tol=0.0))
+            @implicit_diff.custom_root(optimality, solve=functools.partial(solve, maxiter=steps, tol=tol))
             def solver(init, h):
                 del h
                 return init
@@ -45,22 +45,16 @@ def unrolled(kind: str, setting):
     return call
 
 
-def peer(name: str, solve, unrolled) -> Peer:
-    implicit = implicit_by(solve)
-    return Peer(
-        name=name,
-        packages=("jaxopt", "jax"),
-        family="in_jax",
-        tasks={
-            "implicit": implicit,
-            "unrolled": unrolled,
-            "along": in_jax.along(implicit),
-            "cold": in_jax.outer_run(implicit),
-        },
-    )
+def peer(name: str, solve, unrolled, tolerances):
+    return solver_peer(name, ("jaxopt", "jax"), in_jax, implicit_by(solve), unrolled, tolerances)
 
 
 PEERS = (
-    peer("jaxopt", linear_solve.solve_cg, unrolled),
-    peer("jaxopt, default solver", linear_solve.solve_normal_cg, "the same as with any linear solver"),
+    peer("jaxopt", linear_solve.solve_cg, unrolled, TOLERANCES),
+    peer(
+        "jaxopt, default solver",
+        linear_solve.solve_normal_cg,
+        "the same as with any linear solver",
+        (*TOLERANCES, 2e-5, 1e-5, 5e-6),  # its residual is that of the normal equations
+    ),
 )

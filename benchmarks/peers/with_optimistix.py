@@ -7,16 +7,16 @@ import lineax
 import optimistix
 
 from benchmarks.peers import in_jax
-from benchmarks.peers.contract import Peer
+from benchmarks.peers.contract import TOLERANCES, solver_peer
 from benchmarks.peers.in_jax import INNER, OUTER
 
 
-def implicit(kind: str, steps: int):
+def implicit(kind: str, steps: int, tol: float = 0.0):
     inner, outer = INNER[kind], OUTER[kind]
 
     def call(w, h, train, valid):
         # optimistix's adjoint raises an error where CG ends at its last step; lineax can be told not to.
-        solver = lineax.CG(rtol=0.0, atol=0.0, max_steps=steps)
+        solver = lineax.CG(rtol=tol, atol=0.0, max_steps=steps)
         operator = lineax.JacobianLinearOperator(
             lambda w, _: jax.grad(inner)(w, h, train), w, tags=lineax.positive_semidefinite_tag
         )
@@ -49,15 +49,7 @@ def unrolled(kind: str, setting):
 
 
 PEERS = (
-    Peer(
-        name="optimistix, lineax",
-        packages=("optimistix", "lineax", "jax"),
-        family="in_jax",
-        tasks={
-            "implicit": implicit,
-            "unrolled": unrolled,
-            "along": in_jax.along(implicit),
-            "cold": in_jax.outer_run(implicit),
-        },
+    solver_peer(
+        "optimistix, lineax", ("optimistix", "lineax", "jax"), in_jax, implicit, unrolled, TOLERANCES
     ),
 )

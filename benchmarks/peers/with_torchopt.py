@@ -8,17 +8,17 @@ import torchopt
 from torchopt.diff.implicit import custom_root
 
 from benchmarks.peers import in_torch
-from benchmarks.peers.contract import Peer
+from benchmarks.peers.contract import TOLERANCES, solver_peer
 from benchmarks.peers.in_torch import INNER, OUTER, Params
 
 
-def implicit(kind: str, steps: int):
+def implicit(kind: str, steps: int, tol: float = 0.0):
     inner, outer = INNER[kind], OUTER[kind]
 
     def call(w, h, train, valid):
         h = h.detach().requires_grad_()
         optimality = functorch.grad(lambda w, h: inner(w, h, train))
-        solve = torchopt.linear_solve.solve_cg(maxiter=steps, rtol=0.0, atol=0.0)
+        solve = torchopt.linear_solve.solve_cg(maxiter=steps, rtol=tol, atol=0.0)
 
         @custom_root(optimality, argnums=1, solve=solve)
         def solver(w, h):
@@ -43,16 +43,4 @@ def unrolled(kind: str, setting):
     return call
 
 
-PEERS = (
-    Peer(
-        name="torchopt",
-        packages=("torchopt", "torch"),
-        family="in_torch",
-        tasks={
-            "implicit": implicit,
-            "unrolled": unrolled,
-            "along": in_torch.along(implicit),
-            "cold": in_torch.outer_run(implicit),
-        },
-    ),
-)
+PEERS = (solver_peer("torchopt", ("torchopt", "torch"), in_torch, implicit, unrolled, TOLERANCES),)
