@@ -15,7 +15,14 @@ from benchmarks.peers import cold, handles, instances, measured, questions, repo
 
 OUT = Path(__file__).parents[1] / "results" / "peers"
 MISSING = "error: the peers have an environment of their own, which is missing; run: make peers"
-TASKS = (*questions.TASKS, "cold", "searches")
+# Of each task its problems.
+KINDS: dict[str, tuple[str, ...]] = {
+    **{task: kinds for task, (_, kinds) in questions.TASKS.items()},
+    "cold": tuple(cold.KINDS),
+    "searches": searches.PROBLEMS,
+}
+TASKS = tuple(KINDS)
+ALL_KINDS = tuple(dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds))
 ROUNDS, BUDGET = 21, 60.0
 REPEATS = 5
 QUICK = {"sizes": ("small",), "dtypes": ("float32",), "rounds": 5}
@@ -24,7 +31,11 @@ QUICK_STEPS, QUICK_SECONDS = 30, 5.0
 
 def main(argv: Sequence[str]) -> int:
     """Exit status; leaves with 2 where the environment of the peers is missing."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    args.tasks = [task for task in args.tasks or TASKS if _kinds(task, args)]
+    if not args.tasks:
+        parser.error(f"no task that was asked for has the problem {' or '.join(args.kinds)}")
     if args.report or args.page is not None:
         return _show(args)
     if not handles.PYTHON.exists():
@@ -32,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         raise SystemExit(2)
     print(f"  {machine.summary()}, load {machine.load():.1f}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    for task in args.tasks or TASKS:
+    for task in args.tasks:
         {"cold": _cold, "searches": _searches}.get(task, functools.partial(_hypergradients, task))(args)
     return 0
 
@@ -44,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("tasks", nargs="*", metavar="TASK", type=_task, help=f"some of {', '.join(TASKS)} (default: all)")
     add("--quick", action="store_true", help="the smallest size in float32, few rounds")
+    add("--kinds", nargs="+", choices=ALL_KINDS, default=ALL_KINDS, metavar="NAME",
+        help=f"some of the problems {', '.join(ALL_KINDS)} (default: all)")  # fmt: skip
     add("--sizes", nargs="+", choices=list(instances.SIZES["logistic"]), help="default: all")
     add("--dtypes", nargs="+", choices=questions.DTYPES, help="default: all")
     add("--peers", nargs="+", choices=handles.NAMES, default=list(handles.NAMES), metavar="NAME")
@@ -65,6 +78,11 @@ def _task(name: str) -> str:
     return name
 
 
+def _kinds(task: str, args: argparse.Namespace) -> list[str]:
+    """The problems of a task that were asked for."""
+    return [kind for kind in KINDS[task] if kind in args.kinds]
+
+
 def _show(args: argparse.Namespace) -> int:
     if not any(args.out.glob("*.json")):
         print(f"error: nothing is kept in {args.out}; run: python -m benchmarks peers", file=sys.stderr)
@@ -78,7 +96,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _cold(args: argparse.Namespace) -> None:
     steps, repeats = (QUICK_STEPS, 1) if args.quick else (cold.OUTER_STEPS, REPEATS)
-    for kind in cold.KINDS:
+    for kind in _kinds("cold", args):
         load = machine.load()
         rows = cold.rows(kind, args.peers, repeats, steps, args.core, args.out / "log.txt")
         target = next((row.setting for row in rows if row.status == measured.RIGHT), float("nan"))
@@ -88,18 +106,18 @@ def _cold(args: argparse.Namespace) -> None:
 
 def _searches(args: argparse.Namespace) -> None:
     seconds, seeds = (QUICK_SECONDS, (0,)) if args.quick else (args.seconds, args.seeds)
-    for kind in searches.PROBLEMS:
+    for kind in _kinds("searches", args):
         load = machine.load()
-        rows = searches.rows(kind, seeds, seconds)
+        rows = searches.rows(kind, seeds, seconds, args.core, args.out / "log.txt")
         data = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
         _keep(args.out, "searches", kind, data, "float32", seconds, rows, load)
 
 
 def _hypergradients(task: str, args: argparse.Namespace) -> None:
-    make, kinds = questions.TASKS[task]
+    make, _ = questions.TASKS[task]
     sizes = args.sizes or (QUICK["sizes"] if args.quick else list(instances.SIZES["logistic"]))
     dtypes = args.dtypes or (QUICK["dtypes"] if args.quick else questions.DTYPES)
-    for kind in kinds:
+    for kind in _kinds(task, args):
         for size in sizes:
             with (
                 tempfile.TemporaryDirectory() as folder,

@@ -34,8 +34,18 @@ def cleaning_outer(w, batch):
     return functional.cross_entropy(x @ w, y)
 
 
-INNER = {"logistic": logistic_inner, "cleaning": cleaning_inner}
-OUTER = {"logistic": logistic_outer, "cleaning": cleaning_outer}
+def rate_inner(w, h, batch):
+    del h  # the update rule has it
+    return logistic_outer(w, batch) + 0.5 * L2 * torch.sum(w**2)
+
+
+INNER = {"logistic": logistic_inner, "cleaning": cleaning_inner, "rate": rate_inner}
+OUTER = {"logistic": logistic_outer, "cleaning": cleaning_outer, "rate": logistic_outer}
+
+
+def learning_rate(kind: str, h, given: float):
+    """That of gradient descent; where it is learned, the one given does not matter."""
+    return torch.exp(h) if kind == "rate" else given
 
 
 class Params(torch.nn.Module):

@@ -1,10 +1,12 @@
 """Problems that every peer is given, in numpy alone: data, where to differentiate, and the right answer.
 
-Of both kinds params ``w`` and hyperparameters ``h`` are one array each, in unconstrained units::
+Of every kind params ``w`` and hyperparameters ``h`` are one array each, in unconstrained units::
 
     logistic   inner = mean_i log(1 + exp(-y_i x_i w)) + 1/2 sum_j exp(h_j) w_j^2             (1)
     cleaning   inner = mean_i sigmoid(h_i) ce(x_i w, y_i) + L2 / 2 |w|^2                      (2)
+    rate       inner = mean_i log(1 + exp(-y_i x_i w)) + L2 / 2 |w|^2                         (3)
 
+In (3) the scalar h is the logarithm of the learning rate: what depends on it is where gradient steps lead to.
 outer is the mean loss on the validation rows. Right answers come from the formulas of `Reference`, in
 float64: the adjoint system solved by conjugate gradients, reverse mode written out.
 """
@@ -22,6 +24,7 @@ SIZES = {
     "logistic": {"small": (500, 200, 20), "middle": (5000, 2000, 200), "large": (20_000, 5000, 1000)},
     "cleaning": {"small": (200, 100, 16), "middle": (800, 300, 64), "large": (5000, 1000, 100)},
 }
+SIZES["rate"] = SIZES["logistic"]
 SEED = 0
 CLASSES, L2 = 10, 3e-3
 CG_STEPS = 20
@@ -56,6 +59,16 @@ class Reference(NamedTuple):
 
 def logistic(size: str) -> Instance:
     """Features of standard deviations from 1 to 0.15, labels of -1 and 1; w is the inner solution."""
+    start = _two_classes(size)
+    return start._replace(w=solution(start))
+
+
+def rate(size: str) -> Instance:
+    """The data of `logistic`; w is zero."""
+    return _two_classes(size)._replace(kind="rate", h=np.asarray(np.log(UNROLLED_RATE), np.float32))
+
+
+def _two_classes(size: str) -> Instance:
     rows, valid, features = SIZES["logistic"][size]
     rng = np.random.default_rng(SEED)
     x = rng.standard_normal((rows + valid, features), np.float32) * np.geomspace(1, 0.15, features)
@@ -63,8 +76,7 @@ def logistic(size: str) -> Instance:
     slope = 4 * rng.standard_normal(features) / np.sqrt(features)
     y = np.where(x @ slope + rng.logistic(size=rows + valid) > 0, 1, -1).astype(np.int32)
     h = rng.uniform(-5, -3, features).astype(np.float32)
-    start = Instance("logistic", np.zeros(features), h, x[:rows], y[:rows], x[rows:], y[rows:])
-    return start._replace(w=solution(start))
+    return Instance("logistic", np.zeros(features), h, x[:rows], y[:rows], x[rows:], y[rows:])
 
 
 def cleaning(size: str) -> Instance:
@@ -116,7 +128,7 @@ def _started(kind: str, task, outputs: tuple[int, ...], h: float) -> Instance:
     )
 
 
-KINDS: dict[str, Callable[..., Instance]] = {"logistic": logistic, "cleaning": cleaning}
+KINDS: dict[str, Callable[..., Instance]] = {"logistic": logistic, "cleaning": cleaning, "rate": rate}
 
 
 def save(path: Path, instance: Instance, **more: np.ndarray) -> None:
@@ -142,23 +154,27 @@ def sigmoid(t):
 def reference(instance: Instance) -> Reference:
     """In float64."""
     x, valid_x = instance.x.astype(float), instance.valid_x.astype(float)
-    return {"logistic": _logistic, "cleaning": _cleaning}[instance.kind](instance, x, valid_x)
+    maker = {"logistic": _logistic, "cleaning": _cleaning, "rate": _logistic}[instance.kind]
+    return maker(instance, x, valid_x)
 
 
 def _logistic(instance: Instance, x, valid_x) -> Reference:
-    y, valid_y = instance.y, instance.valid_y
+    y, valid_y, learned = instance.y, instance.valid_y, instance.kind == "rate"
+
+    def penalty(h):
+        return L2 if learned else np.exp(h)
 
     def gradient(w, h):
-        return -x.T @ (y * sigmoid(-y * (x @ w))) / len(y) + np.exp(h) * w
+        return -x.T @ (y * sigmoid(-y * (x @ w))) / len(y) + penalty(h) * w
 
     def product(w, h, v):
         p = sigmoid(x @ w)
-        return x.T @ (p * (1 - p) * (x @ v)) / len(y) + np.exp(h) * v
+        return x.T @ (p * (1 - p) * (x @ v)) / len(y) + penalty(h) * v
 
     return Reference(
         gradient=gradient,
         product=product,
-        cross=lambda w, h, v: np.exp(h) * w * v,
+        cross=lambda w, h, v: np.zeros_like(h) if learned else np.exp(h) * w * v,
         outer=lambda w: np.mean(np.logaddexp(0, -valid_y * (valid_x @ w))),
         outer_gradient=lambda w: -valid_x.T @ (valid_y * sigmoid(-valid_y * (valid_x @ w))) / len(valid_y),
     )
@@ -275,14 +291,20 @@ def run(instance: Instance, steps: int) -> tuple[np.ndarray, ...]:
 
 
 def unrolled(instance: Instance, steps: int = UNROLLED_STEPS, rate: float = UNROLLED_RATE) -> np.ndarray:
-    """The derivative of outer after so many gradient steps from w, by reverse mode written out."""
+    """The derivative of outer after so many gradient steps from w, by reverse mode written out.
+
+    ``rate`` is that of the steps, unless h is its logarithm.
+    """
     ref, h = reference(instance), instance.h.astype(float)
+    slope = 0.0
+    if instance.kind == "rate":
+        rate = slope = float(np.exp(h))
     points = [instance.w.astype(float)]
     for _ in range(steps):
         points.append(points[-1] - rate * ref.gradient(points[-1], h))
     alpha, found = ref.outer_gradient(points.pop()), np.zeros_like(h)
     for w in reversed(points):
-        found -= rate * ref.cross(w, h, alpha)
+        found -= rate * ref.cross(w, h, alpha) + slope * np.vdot(ref.gradient(w, h), alpha)
         alpha = alpha - rate * ref.product(w, h, alpha)
     return found
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from benchmarks.peers import in_jax
 from benchmarks.peers.contract import Peer, solver_peer
-from benchmarks.peers.in_jax import INNER, OUTER
+from benchmarks.peers.in_jax import INNER, OUTER, learning_rate
 
 
 def implicit(kind: str, steps: int):
@@ -38,8 +38,10 @@ def unroller(remat: bool):
 
         def call(w, h, train, valid):
             def end(h):
+                size = learning_rate(kind, h, rate)
+
                 def step(w, _):
-                    return w - rate * jax.grad(inner)(w, h, train), None
+                    return w - size * jax.grad(inner)(w, h, train), None
 
                 body = jax.checkpoint(step, prevent_cse=False) if remat else step
                 return outer(jax.lax.scan(body, w, length=steps)[0], valid)

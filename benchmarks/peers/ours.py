@@ -12,7 +12,7 @@ import optax
 import bilevel
 from benchmarks.peers import cold
 from benchmarks.peers.contract import MOST_STEPS, TOLERANCES, Peer
-from benchmarks.peers.in_jax import INNER, OUTER, arguments
+from benchmarks.peers.in_jax import INNER, OUTER, arguments, learning_rate
 from bilevel.problem import Draw, Point
 
 
@@ -38,7 +38,8 @@ def implicit(kind: str, steps: int):
 def unroller(remat):
     def unrolled(kind: str, setting):
         steps, rate = setting
-        return estimated(kind, bilevel.unrolled(optax.sgd(rate), steps, remat=remat))
+        inner = bilevel.tuned(lambda h: optax.sgd(learning_rate(kind, h, rate)))
+        return estimated(kind, bilevel.unrolled(inner, steps, remat=remat))
 
     return unrolled
 

@@ -50,6 +50,6 @@ def along(folder: Path, instance: instances.Instance) -> list[Question]:
 # Of each task its problems.
 TASKS: dict[str, tuple[Callable[[Path, instances.Instance], list[Question]], tuple[str, ...]]] = {
     "implicit": (implicit, ("logistic",)),
-    "unrolled": (unrolled, ("logistic",)),
+    "unrolled": (unrolled, ("logistic", "rate")),
     "along": (along, ("logistic", "cleaning")),
 }

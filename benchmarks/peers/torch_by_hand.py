@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.peers import in_torch
 from benchmarks.peers.contract import solver_peer
-from benchmarks.peers.in_torch import INNER, OUTER
+from benchmarks.peers.in_torch import INNER, OUTER, learning_rate
 
 
 def conjugate_gradients(product, b, steps: int):
@@ -60,8 +60,9 @@ def unrolled(kind: str, setting):
 
     def call(w, h, train, valid):
         w, h = w.detach().requires_grad_(), h.detach().requires_grad_()
+        size = learning_rate(kind, h, rate)
         for _ in range(steps):
-            w = w - rate * torch.autograd.grad(inner(w, h, train), w, create_graph=True)[0]
+            w = w - size * torch.autograd.grad(inner(w, h, train), w, create_graph=True)[0]
         return torch.autograd.grad(outer(w, valid), h)[0]
 
     return call

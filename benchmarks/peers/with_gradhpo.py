@@ -7,7 +7,7 @@ import optax
 
 from benchmarks.peers import cold
 from benchmarks.peers.contract import Peer
-from benchmarks.peers.in_jax import INNER, OUTER, arguments
+from benchmarks.peers.in_jax import INNER, OUTER, arguments, learning_rate
 from benchmarks.peers.instances import OUTER_RATE
 
 NO_SYSTEM = "has no linear solver"
@@ -16,11 +16,20 @@ NO_SYSTEM = "has no linear solver"
 def unrolled(kind: str, setting):
     steps, rate = setting
     inner, outer = INNER[kind], OUTER[kind]
-    greedy = gradhpo.GreedyOptimizer(optax.sgd(rate), optax.adam(OUTER_RATE), unroll_steps=steps, gamma=1.0)
+    own_rate, loss = rate, inner
+    if kind == "rate":  # its optimiser cannot depend on h: the loss is scaled instead
+        own_rate = 1.0
+
+        def loss(w, h, batch):
+            return learning_rate(kind, h, rate) * inner(w, h, batch)
+
+    greedy = gradhpo.GreedyOptimizer(
+        optax.sgd(own_rate), optax.adam(OUTER_RATE), unroll_steps=steps, gamma=1.0
+    )
 
     def call(w, h, train, valid):
         return greedy.compute_hypergradient(
-            greedy.init(w, h), train, valid, inner, lambda w, h, batch: outer(w, batch)
+            greedy.init(w, h), train, valid, loss, lambda w, h, batch: outer(w, batch)
         )
 
     return call

@@ -9,7 +9,7 @@ from jaxopt import GradientDescent, implicit_diff, linear_solve
 
 from benchmarks.peers import in_jax
 from benchmarks.peers.contract import TOLERANCES, solver_peer
-from benchmarks.peers.in_jax import INNER, OUTER
+from benchmarks.peers.in_jax import INNER, OUTER, learning_rate
 
 
 def implicit_by(solve):
@@ -37,10 +37,20 @@ def unrolled(kind: str, setting):
     inner, outer = INNER[kind], OUTER[kind]
 
     def call(w, h, train, valid):
-        solver = GradientDescent(
-            inner, stepsize=rate, maxiter=steps, tol=0.0, acceleration=False, implicit_diff=False, unroll=True
-        )
-        return jax.grad(lambda h: outer(solver.run(w, h, train).params, valid))(h)
+        def end(h):
+            solver = GradientDescent(
+                inner,
+                # Only a function of the step may be traced.
+                stepsize=rate if kind != "rate" else lambda _: learning_rate(kind, h, rate),
+                maxiter=steps,
+                tol=0.0,
+                acceleration=False,
+                implicit_diff=False,
+                unroll=True,
+            )
+            return outer(solver.run(w, h, train).params, valid)
+
+        return jax.grad(end)(h)
 
     return call
 

@@ -8,7 +8,7 @@ import optimistix
 
 from benchmarks.peers import in_jax
 from benchmarks.peers.contract import TOLERANCES, solver_peer
-from benchmarks.peers.in_jax import INNER, OUTER
+from benchmarks.peers.in_jax import INNER, OUTER, learning_rate
 
 
 def implicit(kind: str, steps: int, tol: float = 0.0):
@@ -34,7 +34,7 @@ def unrolled(kind: str, setting):
         def end(h):
             found = optimistix.minimise(
                 lambda w, h: inner(w, h, train),
-                optimistix.GradientDescent(rate, rtol=0.0, atol=0.0),
+                optimistix.GradientDescent(learning_rate(kind, h, rate), rtol=0.0, atol=0.0),
                 w,
                 h,
                 max_steps=steps + 1,  # its first only evaluates

@@ -9,7 +9,7 @@ from torchopt.diff.implicit import custom_root
 
 from benchmarks.peers import in_torch
 from benchmarks.peers.contract import TOLERANCES, solver_peer
-from benchmarks.peers.in_torch import INNER, OUTER, Params
+from benchmarks.peers.in_torch import INNER, OUTER, Params, learning_rate
 
 
 def implicit(kind: str, steps: int, tol: float = 0.0):
@@ -35,7 +35,7 @@ def unrolled(kind: str, setting):
 
     def call(w, h, train, valid):
         h, module = h.detach().requires_grad_(), Params(kind, w)
-        optimizer = torchopt.MetaSGD(module, rate)
+        optimizer = torchopt.MetaSGD(module, learning_rate(kind, h, rate))
         for _ in range(steps):
             optimizer.step(module(h, train))
         return torch.autograd.grad(OUTER[kind](module.w, valid), h)[0]
