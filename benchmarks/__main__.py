@@ -29,7 +29,7 @@ LONG = (
     "self_tuning", "early_learning", "few_shot", "few_shot_cost", "lasso",
     "schedules", "long_horizons", "layer_rates", "papers", "curves_stopping", "peers",
     "tune_methods",
-    "estimator_scores",
+    "estimator_scores", "stochastic_methods", "drawn_members",
 )  # fmt: skip
 
 

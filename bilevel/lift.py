@@ -58,9 +58,21 @@ class _EachStart:
         return jax.vmap(self.start, in_axes=(None, 0, 0))(hparams, _own_keys(batch, members), keys)
 
 
+def any_members(problem: Problem) -> Problem:
+    """A lifted problem for some of its members: without constants or checks that hold for all of them."""
+    return dataclasses.replace(problem, inner=_lifted(problem.inner), smoothness=None)
+
+
+def _lifted(inner) -> Any:
+    """The inner loss that `lift` has made, without what others have put around it."""
+    while not isinstance(inner, (Composite, _Each)):
+        inner = inner.fn
+    return inner
+
+
 def member(problem: Problem) -> Problem:
     """The problem of one member of a lifted one."""
-    inner: Any = problem.inner
+    inner: Any = _lifted(problem.inner)
     outer: Any = problem.outer
     start: Any = problem.start
     if isinstance(inner, Composite):

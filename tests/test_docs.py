@@ -20,7 +20,7 @@ PAGE_NAMES = {
     *("scaling", "checkpoints", "certificates", "stochastic", "online", "self_tuning", "fixed_points"),
     *("schedules", "populations", "regularisers", "coming_from_optuna", "scikit_learn", "papers"),
     *("seeing_a_run", "index", "getting_started", "methods", "faq", "coming_from_higher"),
-    *("coming_from_betty", "claims", "benchmarks", "changelog"),
+    *("coming_from_betty", "claims", "peers", "benchmarks", "changelog"),
 }
 END_OF_BLOCK = "-- end of block --"
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")

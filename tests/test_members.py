@@ -51,15 +51,15 @@ def gradient(h):
     return np.sum((w - CLEAN) * -w * np.exp(h) / (weight + np.exp(h))) / MEMBERS
 
 
-def solve(solver, atol=1e-8, problem=LIFTED, train=TRAIN, h=0.3):
-    point = Point(jnp.zeros((MEMBERS, SIZE)))
+def solve(solver, atol=1e-8, problem=LIFTED, train=TRAIN, h=0.3, start=np.zeros((MEMBERS, SIZE))):
+    point = Point(jnp.asarray(start))
     state = solver.init(problem, point, h)
 
     def run(h):
         draw = Draw(lambda j: train, 1, False)
         return solver.solve(problem, state, point, h, draw, jax.random.key(0), atol=atol)
 
-    return jax.jit(run)(jnp.asarray(h))
+    return jax.jit(run)(jax.tree.map(jnp.asarray, h))
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 6])
@@ -96,6 +96,27 @@ def test_methods_take_it_and_end_where_they_did():
     np.testing.assert_allclose(apart.hparams, plain.hparams, atol=1e-4)
     assert abs(gradient(float(apart.hparams))) <= 1e-6
     assert apart.counts["inner_grad"] < plain.counts["inner_grad"]
+
+
+def test_problems_of_pictures_are_solved_one_by_one_and_drawn():
+    clean = np.zeros((3, 6, 6))
+    clean[:, 2:4, 2:4] = [[[0.5]], [[1.0]], [[2.0]]]
+    noisy = clean + 0.1 * np.random.default_rng(0).standard_normal(clean.shape)
+    train, problem = {"noisy": noisy, "clean": clean}, bilevel.imaging.tv_denoising(3)
+    hparams = {"strength": np.array(0.1), "smoothing": np.array(0.1)}
+    point, _, _ = solve(bilevel.memberwise(SOLVER), 1e-8, problem, train, hparams, noisy)
+    residual = jax.grad(problem.inner)(point.params, hparams, train)
+    assert jnp.linalg.norm(residual) <= 1e-8 * np.sqrt(3)
+
+    step, start = 1e-3, {"params": noisy, "hparams": hparams, "train": train, "valid": train}
+    method = bilevel.isgd(optax.sgd(step), 3, accuracy=1e-10, decay=0.0)
+    moved = run(method, 1, problem, **start).hparams
+    expected = bilevel.hypergradient(problem, bilevel.implicit())(point.params, hparams, train, train).grad
+    for name, h in hparams.items():  # a step in the logarithm
+        np.testing.assert_allclose(np.log(moved[name] / h), -step * h * expected[name], rtol=1e-5)
+    method = bilevel.isgd(optax.sgd(step), 2, accuracy=1e-4)
+    result = run(method, 30, problem, **start)
+    assert result.history["value"][-1] < result.history["value"][0]
 
 
 def test_composite_losses_and_keys_of_members():

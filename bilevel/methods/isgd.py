@@ -28,7 +28,7 @@ import optax
 from bilevel import data, validation
 from bilevel.estimators.implicit import Implicit
 from bilevel.inner_loops.memberwise import memberwise
-from bilevel.lift import axes, members
+from bilevel.lift import any_members, axes, members
 from bilevel.methods.inexact import (
     default_solver,
     first_state,
@@ -104,10 +104,9 @@ class Isgd:
             problem, solver.init(problem, Point(params), hparams), Point(params), hparams, draw, key,
             atol=gradient_tolerance(problem, hparams, eps) * root,
         )  # fmt: skip
-        # The constants are those of all members; no bound is made.
-        bare = dataclasses.replace(problem, smoothness=None)
+        some = any_members(problem)
         estimate, _ = self.estimator.estimate(
-            bare, self.estimator.init(bare, point, hparams), point, hparams, draw, own_valid, key,
+            some, self.estimator.init(some, point, hparams), point, hparams, draw, own_valid, key,
             atol=eps / root,
         )  # fmt: skip
         z = constraints.pull_back(state.free, estimate.grad)
