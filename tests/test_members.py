@@ -19,6 +19,7 @@ TARGETS = CLEAN + NOISE
 # The condition numbers of the members' inner problems, at h = 0: from 2 to 200.
 SCALES = np.geomspace(1.0, 199.0, MEMBERS)[:, None] * np.linspace(0.0, 1.0, SIZE)
 TRAIN, VALID = {"y": TARGETS, "scale": SCALES}, CLEAN
+ZEROS = np.zeros((MEMBERS, SIZE))
 
 
 def inner(w, h, batch):
@@ -51,7 +52,7 @@ def gradient(h):
     return np.sum((w - CLEAN) * -w * np.exp(h) / (weight + np.exp(h))) / MEMBERS
 
 
-def solve(solver, atol=1e-8, problem=LIFTED, train=TRAIN, h=0.3, start=np.zeros((MEMBERS, SIZE))):
+def solve(solver, atol=1e-8, problem=LIFTED, train=TRAIN, h=0.3, start=ZEROS):
     point = Point(jnp.asarray(start))
     state = solver.init(problem, point, h)
 
