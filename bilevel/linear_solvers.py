@@ -23,6 +23,9 @@ from bilevel.vectors import axpy, cast, norm, scaled, size_of, threshold, vdot, 
 
 __all__ = ["axpy", "cg", "dense", "gmres", "neumann", "norm", "nystrom", "sgd", "vdot", "where"]
 
+# Solutions move on in one direction where the cosine of two changes is above the first; it is worth following
+# where a solve takes as many steps as the second.
+_STRAIGHT, _MANY_STEPS = 0.8, 4
 # Above this many parameters a dense matrix is refused (it would hold 200 MB in float64).
 DENSE_LIMIT = 5000
 
@@ -38,9 +41,14 @@ class _CGLoop(NamedTuple):
 
 
 class CGState(NamedTuple):
-    """The last solution, where the next solve starts, and the preconditioner's state."""
+    """The last solution, how it differs from the one before, and the preconditioner's state.
+
+    The next solve starts at ``x + reach change``; ``reach`` is 0 unless solutions move on in one direction.
+    """
 
     x: PyTree
+    change: PyTree
+    reach: jax.Array
     preconditioner: PyTree
 
 
@@ -65,7 +73,8 @@ class CG:
     def init(self, params):
         """Zeros: the first solve starts cold."""
         preconditioner = self.preconditioner.init(params) if self.preconditioner else ()
-        return CGState(jax.tree.map(jnp.zeros_like, params), preconditioner)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return CGState(zeros, zeros, jnp.zeros_like(norm(params)), preconditioner)
 
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
         """``(A + damping I) x = b`` from the last solution; ``rtol``, ``atol`` replace the settings."""
@@ -98,7 +107,7 @@ class CG:
             return more & ~loop.negative_curvature
 
         def step(loop):
-            # The first pass of a warm start, step -1, searches along the last solution from x = 0, by the
+            # The first pass of a warm start, step -1, searches along that start from x = 0, by the
             # same formulas: never worse than a cold start, and one product in the program instead of two.
             first = loop.steps < 0
             ap = product(loop.direction)
@@ -113,17 +122,29 @@ class CG:
 
         cold = jax.tree.map(jnp.zeros_like, b)
         z, rz, rr = precondition(b)
-        slope = vdot(b, state.x)
+        ahead = axpy(state.reach, state.change, state.x)
+        slope = vdot(b, ahead)
         # A start that is not finite, or without a slope, as zero is, is dropped.
         warm = jnp.isfinite(slope) & (slope != 0)
-        direction, rz = where(warm, state.x, z), jnp.where(warm, slope, rz)
+        direction, rz = where(warm, ahead, z), jnp.where(warm, slope, rz)
         extra = warm.astype(jnp.int32)
         start = _CGLoop(cold, b, direction, rz, rr, -extra, jnp.bool_(False))
         end = jax.lax.while_loop(going, step, start)
         residual = jnp.sqrt(end.rz if end.rr is None else end.rr)
         spent = preconditioner.products if isinstance(preconditioner, Counted) else 0
         info = SolveInfo(residual, end.steps, end.steps + extra + spent, end.negative_curvature)
-        return end.x, CGState(end.x, preconditioner), info
+        change = axpy(-1.0, state.x, end.x)
+        return end.x, CGState(end.x, change, _reach(state.change, change, end.steps), preconditioner), info
+
+
+def _reach(before, change, steps):
+    """How much of its change the next solution is expected to change by.
+
+    Where solutions come from other batches, or turn, or take few steps anyway, nothing is expected.
+    """
+    sizes = norm(before), norm(change)
+    on = (vdot(before, change) > _STRAIGHT * sizes[0] * sizes[1]) & (steps >= _MANY_STEPS)
+    return jnp.where(on, jnp.minimum(1, sizes[1] / jnp.where(on, sizes[0], 1)), 0).astype(sizes[1].dtype)
 
 
 def cg(
@@ -137,7 +158,8 @@ def cg(
 
     Stops at ``|r| <= max(tol |b|, atol)``, after ``max_steps`` steps, or at a direction of non-positive
     curvature (then it keeps what it had and says so). Inside a method every solve starts at the best
-    multiple of the solution before. One product per step and one for a warm start; three vectors of memory.
+    multiple of the solution before, or of what comes after it on a line, while solutions move along one. One
+    product per step and one for a warm start; three vectors of memory, and two between solves.
 
     Args:
       max_steps: steps at most.

@@ -262,6 +262,44 @@ def test_cg_warm_start_takes_fewer_steps():
     assert residual_norm(SPREAD, x, RHS * 1.0001) <= 1.01e-8 * np.linalg.norm(RHS)
 
 
+def in_a_row(cg, systems, follow=True):
+    """Products and reaches of solves that start where the last ones ended; ``follow``: or beyond."""
+    state, products, reaches = cg.init(jnp.asarray(RHS)), 0, []
+    for matrix, b in systems:
+        x, state, info = run(cg, matrix, b, state)
+        assert residual_norm(matrix, x, b) <= 1.01 * cg.tol * np.linalg.norm(b)
+        products += int(info.products)
+        reaches.append(float(state.reach))
+        state = state if follow else state._replace(reach=jnp.zeros_like(state.reach))
+    return products, reaches
+
+
+def test_cg_follows_solutions_that_move_on():
+    cg, more = bilevel.cg(max_steps=200, tol=1e-4), symmetric(np.linspace(1, 2, 30), 5)
+    smooth = [(SPREAD + t * more, RHS + t * more[0]) for t in np.linspace(0, 0.1, 20)]
+    products, reaches = in_a_row(cg, smooth)
+    assert products <= 0.8 * in_a_row(cg, smooth, follow=False)[0]
+    assert reaches[0] == 0.0
+    assert all(0.5 < reach <= 1.0 for reach in reaches[4:])
+
+
+def test_cg_does_not_follow_noise():
+    cg, rng = bilevel.cg(max_steps=200, tol=1e-4), np.random.default_rng(0)
+    drawn = [(SPREAD, RHS + 0.1 * rng.standard_normal(30)) for _ in range(12)]
+    assert in_a_row(cg, drawn)[1] == [0.0] * 12
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_cg_gets_over_a_change_that_is_not_finite(bad):
+    cg = bilevel.cg(max_steps=200, tol=1e-8)
+    _, state, _ = run(cg, SPREAD, RHS)
+    state = state._replace(change=jnp.full(30, bad), reach=jnp.asarray(1.0))
+    for _ in range(2):
+        x, state, _ = run(cg, SPREAD, RHS, state)
+        assert residual_norm(SPREAD, x, RHS) <= 1.01e-8 * np.linalg.norm(RHS)
+    assert np.all(np.isfinite(state.change))
+
+
 @pytest.mark.parametrize(
     "start", [1e6 * RHS, -np.linalg.solve(SPREAD, RHS), np.full(30, np.nan), np.full(30, np.inf)]
 )

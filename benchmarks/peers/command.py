@@ -124,13 +124,14 @@ def _hypergradients(task: str, args: argparse.Namespace) -> None:
                 handles.started(args.peers, args.core, args.out / "log.txt") as workers,
             ):
                 asked = make(Path(folder), instances.KINDS[kind](size))
+                # Whoever is asked first would compile while the others still begin.
+                versions = {peer: worker.ask({"do": "versions"}) for peer, worker in workers.items()}
                 for question in asked:
                     if question.dtype not in dtypes:
                         continue
                     rows, load = measured.all_answered(workers, question), machine.load()
                     rounds = QUICK["rounds"] if args.quick else ROUNDS
                     rows = measured.timed(workers, rows, rounds, BUDGET, args.clock)
-                    versions = {peer: worker.ask({"do": "versions"}) for peer, worker in workers.items()}
                     _keep(
                         args.out, task, kind, size, question.dtype, question.setting, rows, load,
                         accurate=question.accurate, shape=instances.SIZES[kind][size], versions=versions,
