@@ -82,7 +82,7 @@ def run(solver, warm, tol, train, valid, points):
         estimate, state = estimator.estimate(PROBLEM, state, Point(w), hparams, draw, valid, key)
         error = jnp.linalg.norm(estimate.grad - exact) / jnp.linalg.norm(exact)
         if not warm:
-            state = state._replace(x=start.x)
+            state = start._replace(preconditioner=state.preconditioner)
         return state, (error, estimate.solve.steps, estimate.solve.products)
 
     return jax.lax.scan(outer_step, start, (points, jax.random.split(KEY, OUTER_STEPS)))[1]

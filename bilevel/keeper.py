@@ -190,7 +190,10 @@ class Keeper:
         wanted = [(x.shape[run.plan.population :], x.dtype) for x in like]
         got = [(np.shape(x)[run.plan.population :], jnp.result_type(x)) for x in leaves]
         if wanted != got:
-            raise ValueError(f"checkpoint: {self.path} holds a state of other shapes than this run has.")
+            raise ValueError(
+                f"checkpoint: {self.path} holds a state of other shapes than this run has; another version "
+                "of bilevel may have written it. Give another folder, or remove this one."
+            )
         if self._placement is None:
             return jax.tree.unflatten(treedef, [_copied(leaf) for leaf in leaves])
         axis = self._placement.population_axis

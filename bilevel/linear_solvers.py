@@ -23,8 +23,8 @@ from bilevel.vectors import axpy, cast, norm, scaled, size_of, threshold, vdot, 
 
 __all__ = ["axpy", "cg", "dense", "gmres", "neumann", "norm", "nystrom", "sgd", "vdot", "where"]
 
-# Solutions move on in one direction where the cosine of two changes is above the first; it is worth following
-# where a solve takes as many steps as the second.
+# Solutions are followed where the cosine of two changes is above the first, once a solve took as
+# many steps as the second.
 _STRAIGHT, _MANY_STEPS = 0.8, 4
 # Above this many parameters a dense matrix is refused (it would hold 200 MB in float64).
 DENSE_LIMIT = 5000
@@ -74,11 +74,11 @@ class CG:
         """Zeros: the first solve starts cold."""
         preconditioner = self.preconditioner.init(params) if self.preconditioner else ()
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return CGState(zeros, zeros, jnp.zeros_like(norm(params)), preconditioner)
+        reach = jnp.zeros((), jnp.result_type(*jax.tree.leaves(params)))
+        return CGState(zeros, zeros, reach, preconditioner)
 
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
-        """``(A + damping I) x = b`` from the last solution; ``rtol``, ``atol`` replace the settings."""
-        # In the unit of b: squares of very small or large numbers leave the range of their dtype.
+        """``(A + damping I) x = b``; ``rtol``, ``atol`` replace the settings."""
         bb = vdot(b, b)
         rtol, atol = self.tol if rtol is None else rtol, self.atol if atol is None else atol
         target = threshold(bb, rtol, atol)
@@ -122,7 +122,7 @@ class CG:
 
         cold = jax.tree.map(jnp.zeros_like, b)
         z, rz, rr = precondition(b)
-        ahead = axpy(state.reach, state.change, state.x)
+        ahead = where(state.reach > 0, axpy(state.reach, state.change, state.x), state.x)
         slope = vdot(b, ahead)
         # A start that is not finite, or without a slope, as zero is, is dropped.
         warm = jnp.isfinite(slope) & (slope != 0)
@@ -134,16 +134,14 @@ class CG:
         spent = preconditioner.products if isinstance(preconditioner, Counted) else 0
         info = SolveInfo(residual, end.steps, end.steps + extra + spent, end.negative_curvature)
         change = axpy(-1.0, state.x, end.x)
-        return end.x, CGState(end.x, change, _reach(state.change, change, end.steps), preconditioner), info
+        reach = _reach(state.change, change, (end.steps >= _MANY_STEPS) | (state.reach > 0))
+        return end.x, CGState(end.x, change, reach, preconditioner), info
 
 
-def _reach(before, change, steps):
-    """How much of its change the next solution is expected to change by.
-
-    Where solutions come from other batches, or turn, or take few steps anyway, nothing is expected.
-    """
+def _reach(before, change, worth):
+    """How much of its change the next solution is expected to change by; 0 where solutions turn or jump."""
     sizes = norm(before), norm(change)
-    on = (vdot(before, change) > _STRAIGHT * sizes[0] * sizes[1]) & (steps >= _MANY_STEPS)
+    on = worth & (vdot(before, change) > _STRAIGHT * sizes[0] * sizes[1])
     return jnp.where(on, jnp.minimum(1, sizes[1] / jnp.where(on, sizes[0], 1)), 0).astype(sizes[1].dtype)
 
 
@@ -158,8 +156,9 @@ def cg(
 
     Stops at ``|r| <= max(tol |b|, atol)``, after ``max_steps`` steps, or at a direction of non-positive
     curvature (then it keeps what it had and says so). Inside a method every solve starts at the best
-    multiple of the solution before, or of what comes after it on a line, while solutions move along one. One
-    product per step and one for a warm start; three vectors of memory, and two between solves.
+    multiple of the last solution or, while solutions move in one direction, of the last solution and as much
+    of its last change again. One product per step and one for a warm start; four vectors of memory, and two
+    that are kept from solve to solve.
 
     Args:
       max_steps: steps at most.

@@ -280,7 +280,18 @@ def test_cg_follows_solutions_that_move_on():
     products, reaches = in_a_row(cg, smooth)
     assert products <= 0.8 * in_a_row(cg, smooth, follow=False)[0]
     assert reaches[0] == 0.0
-    assert all(0.5 < reach <= 1.0 for reach in reaches[4:])
+    assert all(0 < reach <= 1 for reach in reaches[4:])
+
+
+def test_cg_finds_solutions_on_a_line_at_once():
+    """With one matrix and right sides on a line, two solutions give the third."""
+    cg, state, along = bilevel.cg(max_steps=200, tol=1e-6), None, np.linspace(1, 2, 30)
+    steps = []
+    for t in range(8):
+        _, state, info = run(cg, SPREAD, RHS + 0.1 * t * along, state)
+        steps.append(int(info.steps))
+    assert min(steps[:3]) >= 4
+    assert max(steps[3:5]) <= 1  # later on errors within the tolerance add up
 
 
 def test_cg_does_not_follow_noise():
@@ -290,13 +301,15 @@ def test_cg_does_not_follow_noise():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_cg_gets_over_a_change_that_is_not_finite(bad):
+@pytest.mark.parametrize("reach", [0.0, 1.0])
+def test_cg_gets_over_a_change_that_is_not_finite(reach, bad):
     cg = bilevel.cg(max_steps=200, tol=1e-8)
     _, state, _ = run(cg, SPREAD, RHS)
-    state = state._replace(change=jnp.full(30, bad), reach=jnp.asarray(1.0))
-    for _ in range(2):
-        x, state, _ = run(cg, SPREAD, RHS, state)
+    state = state._replace(change=jnp.full(30, bad), reach=jnp.asarray(reach))
+    for most in (200 if reach else 1, 1):
+        x, state, info = run(cg, SPREAD, RHS, state)
         assert residual_norm(SPREAD, x, RHS) <= 1.01e-8 * np.linalg.norm(RHS)
+        assert int(info.steps) <= most
     assert np.all(np.isfinite(state.change))
 
 

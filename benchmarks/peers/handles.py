@@ -29,6 +29,7 @@ MODULES = {
 }
 NAMES = tuple(name for names in MODULES.values() for name in names)
 OURS, *OTHERS_OF_OURS = MODULES["ours"]
+_NOT_PASSED_ON = "OPENBLAS_", "XLA_FLAGS", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE"
 
 
 def module_of(name: str) -> str:
@@ -36,10 +37,8 @@ def module_of(name: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Of a worker: this project importable, one thread, no choice of kernels made for other processors."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("OPENBLAS_", "XLA_FLAGS"))
-    }
+    """Of a worker: this project importable, one thread, no choice made for others, no programs kept."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 
 

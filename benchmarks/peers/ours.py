@@ -45,7 +45,7 @@ def unroller(remat):
 
 
 def along(kind: str, tol: float):
-    """Each system solved from the last solution until its residual is small, as the methods do."""
+    """Each system from where the last solutions point to until its residual is small, as methods do."""
     estimator, own = bilevel.implicit(bilevel.cg(max_steps=MOST_STEPS, tol=tol)), problem(kind)
 
     def call(ws, hs, train, valid):

@@ -25,9 +25,9 @@ ORDER = ("implicit", "unrolled", "along", "cold", "searches")
 WHAT = {
     "implicit": "one hypergradient at the inner solution, {setting} steps of conjugate gradients",
     "unrolled": "one hypergradient through {setting[0]} gradient steps",
-    "along": "hypergradients of error at most {accurate:g} at 20 points of an outer run (bilevel from the "
-    "last solution, to a tolerance; others from zero, to a tolerance where they have one, else with as many "
-    "steps as the hardest point needs)",
+    "along": "hypergradients of error at most {accurate:g} at 20 points of an outer run (bilevel from where "
+    "its last solutions point to, to a tolerance; others from zero, to a tolerance where they have one, else "
+    "with as many steps as the hardest point needs)",
     "cold": "an outer run from a cold process, seconds until its hyperparameters are worth {setting:.4g}",
     "searches": "what users pick instead, for {setting:g} s, and when it is as good as the best of Optuna",
 }
