@@ -73,9 +73,10 @@ class CG:
     def init(self, params):
         """Zeros: the first solve starts cold."""
         preconditioner = self.preconditioner.init(params) if self.preconditioner else ()
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        # Of buffers of their own, which can be donated.
+        x, change = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         reach = jnp.zeros((), jnp.result_type(*jax.tree.leaves(params)))
-        return CGState(zeros, zeros, reach, preconditioner)
+        return CGState(x, change, reach, preconditioner)
 
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
         """``(A + damping I) x = b``; ``rtol``, ``atol`` replace the settings."""
