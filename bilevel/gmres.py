@@ -196,7 +196,7 @@ def gmres(max_steps: int = 50, tol: float | None = None, atol: float = 0.0, rest
     Stops at ``|r| <= max(tol |b|, atol)``, after ``max_steps`` steps, or where a whole cycle does not lower
     the residual. Inside a method every solve starts at the best multiple of the solution before. One product
     per step, one per cycle for its residual, which is measured, and one for the start; memory of
-    ``restart + 1`` vectors. Of a symmetric positive definite matrix, `bilevel.cg` needs six. Negative
+    ``restart + 1`` vectors. Of a symmetric positive definite matrix, `bilevel.cg` needs four. Negative
     curvature is not reported: it is no fault of a fixed point.
 
     Args:

@@ -41,15 +41,16 @@ class _CGLoop(NamedTuple):
 
 
 class CGState(NamedTuple):
-    """The last solution, how it differs from the one before, and the preconditioner's state.
+    """The last solution, the preconditioner's state, and how the solution differs from the one before.
 
-    The next solve starts at ``x + reach change``; ``reach`` is 0 unless solutions move on in one direction.
+    With ``follow`` the next solve starts at ``x + reach change``; ``reach`` is 0 unless solutions move on in
+    one direction. Else both are empty.
     """
 
     x: PyTree
-    change: PyTree
-    reach: jax.Array
     preconditioner: PyTree
+    change: PyTree = ()
+    reach: Any = ()
 
 
 @runtime_checkable
@@ -68,15 +69,18 @@ class CG:
     atol: float
     preconditioner: Preconditioner | None
     damping: float
+    follow: bool
     symmetric_only = True
 
     def init(self, params):
         """Zeros: the first solve starts cold."""
         preconditioner = self.preconditioner.init(params) if self.preconditioner else ()
-        # Of buffers of their own, which can be donated.
-        x, change = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        state = CGState(jax.tree.map(jnp.zeros_like, params), preconditioner)
+        if not self.follow:
+            return state
+        # In buffers of their own, which can be donated.
         reach = jnp.zeros((), jnp.result_type(*jax.tree.leaves(params)))
-        return CGState(x, change, reach, preconditioner)
+        return state._replace(change=jax.tree.map(jnp.zeros_like, params), reach=reach)
 
     def solve(self, matvec, b, state, key, *, rtol=None, atol=None):
         """``(A + damping I) x = b``; ``rtol``, ``atol`` replace the settings."""
@@ -123,7 +127,9 @@ class CG:
 
         cold = jax.tree.map(jnp.zeros_like, b)
         z, rz, rr = precondition(b)
-        ahead = where(state.reach > 0, axpy(state.reach, state.change, state.x), state.x)
+        ahead = state.x
+        if self.follow:
+            ahead = where(state.reach > 0, axpy(state.reach, state.change, state.x), state.x)
         slope = vdot(b, ahead)
         # A start that is not finite, or without a slope, as zero is, is dropped.
         warm = jnp.isfinite(slope) & (slope != 0)
@@ -134,9 +140,12 @@ class CG:
         residual = jnp.sqrt(end.rz if end.rr is None else end.rr)
         spent = preconditioner.products if isinstance(preconditioner, Counted) else 0
         info = SolveInfo(residual, end.steps, end.steps + extra + spent, end.negative_curvature)
-        change = axpy(-1.0, state.x, end.x)
-        reach = _reach(state.change, change, (end.steps >= _MANY_STEPS) | (state.reach > 0))
-        return end.x, CGState(end.x, change, reach, preconditioner), info
+        new = CGState(end.x, preconditioner)
+        if self.follow:
+            change = axpy(-1.0, state.x, end.x)
+            reach = _reach(state.change, change, (end.steps >= _MANY_STEPS) | (state.reach > 0))
+            new = new._replace(change=change, reach=reach)
+        return end.x, new, info
 
 
 def _reach(before, change, worth):
@@ -152,14 +161,13 @@ def cg(
     atol: float = 0.0,
     preconditioner: Preconditioner | None = None,
     damping: float = 0.0,
+    follow: bool = False,
 ) -> CG:
     """Conjugate gradients, for symmetric positive definite systems.
 
     Stops at ``|r| <= max(tol |b|, atol)``, after ``max_steps`` steps, or at a direction of non-positive
     curvature (then it keeps what it had and says so). Inside a method every solve starts at the best
-    multiple of the last solution or, while solutions move in one direction, of the last solution and as much
-    of its last change again. One product per step and one for a warm start; four vectors of memory, and two
-    that are kept from solve to solve.
+    multiple of the solution before. One product per step and one for a warm start; three vectors of memory.
 
     Args:
       max_steps: steps at most.
@@ -170,6 +178,9 @@ def cg(
         `bilevel.problem.Preconditioner`. Products that its state has in a field ``products`` are counted.
       damping: solve ``(A + damping I) x = b`` instead. This is a bias, and the error of an
         implicit estimate, measured against A, shows it.
+      follow: while the solutions of a method move in one direction, start at the last one and as much of its
+        last change again. Under Adam as outer optimiser a fifth to a half fewer products on whole arrays, on
+        minibatches no difference; three vectors of memory more.
 
     Raises:
       TypeError, ValueError: a setting that is no number or out of range.
@@ -188,6 +199,7 @@ def cg(
         validation.number("atol", atol, minimum=0.0),
         preconditioner,
         validation.number("damping", damping, minimum=0.0),
+        validation.flag("follow", follow),
     )
 
 

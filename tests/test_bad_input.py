@@ -807,6 +807,7 @@ CALLS = [
     ("text cg tol", lambda: bilevel.cg(tol="1e-3"), TypeError, ["tol", "number", "'1e-3'"]),
     ("negative atol", lambda: bilevel.cg(atol=-1.0), ValueError, ["atol", "at least 0", "-1"]),
     ("negative damping", lambda: bilevel.cg(damping=-1.0), ValueError, ["damping", "at least 0", "-1"]),
+    ("text follow", lambda: bilevel.cg(follow="yes"), TypeError, ["follow", "'yes'"]),
     ("preconditioner", lambda: bilevel.cg(preconditioner=3), TypeError, ["preconditioner", "init", "3"]),
     ("terms 0", lambda: bilevel.neumann(0, 0.1), ValueError, ["terms", "at least 1", "0"]),
     ("negative terms", lambda: bilevel.neumann(-1, 0.1), ValueError, ["terms", "at least 1", "-1"]),

@@ -275,7 +275,7 @@ def in_a_row(cg, systems, follow=True):
 
 
 def test_cg_follows_solutions_that_move_on():
-    cg, more = bilevel.cg(max_steps=200, tol=1e-4), symmetric(np.linspace(1, 2, 30), 5)
+    cg, more = bilevel.cg(max_steps=200, tol=1e-4, follow=True), symmetric(np.linspace(1, 2, 30), 5)
     smooth = [(SPREAD + t * more, RHS + t * more[0]) for t in np.linspace(0, 0.1, 20)]
     products, reaches = in_a_row(cg, smooth)
     assert products <= 0.8 * in_a_row(cg, smooth, follow=False)[0]
@@ -285,7 +285,7 @@ def test_cg_follows_solutions_that_move_on():
 
 def test_cg_finds_solutions_on_a_line_at_once():
     """With one matrix and right sides on a line, two solutions give the third."""
-    cg, state, along = bilevel.cg(max_steps=200, tol=1e-6), None, np.linspace(1, 2, 30)
+    cg, state, along = bilevel.cg(max_steps=200, tol=1e-6, follow=True), None, np.linspace(1, 2, 30)
     steps = []
     for t in range(8):
         _, state, info = run(cg, SPREAD, RHS + 0.1 * t * along, state)
@@ -294,8 +294,14 @@ def test_cg_finds_solutions_on_a_line_at_once():
     assert max(steps[3:5]) <= 1  # later on errors within the tolerance add up
 
 
+def test_the_state_of_cg_can_be_donated():
+    state = bilevel.cg(follow=True).init(jnp.asarray(RHS))
+    kept = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
+    assert all(np.all(x == 1) for x in jax.tree.leaves(kept))
+
+
 def test_cg_does_not_follow_noise():
-    cg, rng = bilevel.cg(max_steps=200, tol=1e-4), np.random.default_rng(0)
+    cg, rng = bilevel.cg(max_steps=200, tol=1e-4, follow=True), np.random.default_rng(0)
     drawn = [(SPREAD, RHS + 0.1 * rng.standard_normal(30)) for _ in range(12)]
     assert in_a_row(cg, drawn)[1] == [0.0] * 12
 
@@ -303,7 +309,7 @@ def test_cg_does_not_follow_noise():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("reach", [0.0, 1.0])
 def test_cg_gets_over_a_change_that_is_not_finite(reach, bad):
-    cg = bilevel.cg(max_steps=200, tol=1e-8)
+    cg = bilevel.cg(max_steps=200, tol=1e-8, follow=True)
     _, state, _ = run(cg, SPREAD, RHS)
     state = state._replace(change=jnp.full(30, bad), reach=jnp.asarray(reach))
     for most in (200 if reach else 1, 1):

@@ -45,8 +45,8 @@ def unroller(remat):
 
 
 def along(kind: str, tol: float):
-    """Each system from where the last solutions point to until its residual is small, as methods do."""
-    estimator, own = bilevel.implicit(bilevel.cg(max_steps=MOST_STEPS, tol=tol)), problem(kind)
+    """Each system from where the last solutions point to until its residual is small."""
+    estimator, own = bilevel.implicit(bilevel.cg(max_steps=MOST_STEPS, tol=tol, follow=True)), problem(kind)
 
     def call(ws, hs, train, valid):
         draw, key = Draw(lambda j: train, 1, False), jax.random.key(0)

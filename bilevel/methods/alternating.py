@@ -7,7 +7,7 @@ One outer step k, with a point p (params, optimiser state) and hyperparameters u
     u <- project(u + outer update of g)                                                    (3)
 
 A trajectory estimator does (1) and (2) at once and its end point is the next p. Warm starts carry over:
-p, and whatever state the estimator keeps (the last solutions of its linear system).
+p, and whatever state the estimator keeps (the last solution of its linear system).
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class Alternating:
         estimate = dataclasses.replace(estimate, counts=counts)
         old = state
         if getattr(self._estimator, "forgets", False):
-            # A warm start need not outlive a rejected step: it is not held through it.
+            # A warm start need not outlive a rejected step: one vector less is held through it.
             old = dataclasses.replace(state, estimator=self._estimator.init(problem, state.point, hparams))
         taken = jnp.where(moves, self._steps, 0)
         renewed = train.renewed or valid.renewed
