@@ -23,6 +23,7 @@ CONDITIONS = (10, 100, 1e3, 1e4, 1e5)
 RANK, REFRESH = 30, 10
 ERROR = 1e-3
 TOLERANCES = 10 ** -np.arange(1.0, 5.0, 0.1)
+FOLLOWED = "warm, follow=True"
 KEY = jax.random.key(0)
 
 
@@ -123,10 +124,12 @@ def rows_of(condition):
         "cold": (plain, False),
         "warm": (plain, True),
         "warm, nystrom": (bilevel.cg(max_steps=5000, preconditioner=preconditioner), True),
+        FOLLOWED: (bilevel.cg(max_steps=5000, follow=True), True),
     }
     found = {name: measure(*variant, data) for name, variant in variants.items()}
     cold_steps, cold_products, _ = found["cold"]
-    best = min(steps for steps, _, _ in found.values()) / cold_steps
+    # What is asked, is asked without following.
+    best = min(steps for name, (steps, _, _) in found.items() if name != FOLLOWED) / cold_steps
     rows = []
     for name, (steps, products, tol) in found.items():
         row = ["", name, f"{tol:.0e}", f"{steps:.1f}", f"{steps / cold_steps:.2f}",

@@ -71,23 +71,24 @@ class Method(Protocol):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def solve(problem, solver, params, hparams, train, *batches):
-    """Params trained accurately: ``(info of the solve, (outer value, metrics) on each of the batches)``.
+    """Trained by the solver: ``(params, info of the solve, (outer value, metrics) on each of the batches)``.
 
-    All are nan where the inner loss or its gradient was not finite: the solver then stays where it was, and
-    an untrained model is no answer.
+    Values and metrics are nan where the inner loss or its gradient was not finite: the solver then stays
+    where it was, and an untrained model is no answer.
     """
     point = Point(params)
     state = solver.init(problem, point, hparams)
     draw = Draw(lambda j: train, 1, False)
     end, _, info = solver.solve(problem, state, point, hparams, draw, jax.random.key(0))
     outer = [outer_value(problem, end.params, hparams, batch, None) for batch in batches]
-    return info, jax.tree.map(lambda x: jnp.where(jnp.isfinite(info.residual), x, jnp.nan), outer)
+    outer = jax.tree.map(lambda x: jnp.where(jnp.isfinite(info.residual), x, jnp.nan), outer)
+    return end.params, info, outer
 
 
 def trained(task: Task, hparams, *batches):
-    """`solve` for a task, from its start; hyperparameters are rounded to the task's."""
+    """`solve` for a task, from its start, without params; hyperparameters are rounded to the task's."""
     hparams = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), hparams, task.hparams)
-    return solve(task.problem, task.solver, task.params, hparams, task.train, *batches)
+    return solve(task.problem, task.solver, task.params, hparams, task.train, *batches)[1:]
 
 
 def rows_of(task: Task) -> tuple[int, int]:

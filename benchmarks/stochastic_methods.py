@@ -184,7 +184,7 @@ def _race(arm, problem, budget, start, given):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _values(problem, solver, params, hparams, train, valid):
-    return jax.lax.map(lambda h: found.solve(problem, solver, params, h, train, valid)[1][0][0], hparams)
+    return jax.lax.map(lambda h: found.solve(problem, solver, params, h, train, valid)[2][0][0], hparams)
 
 
 def excesses(seed: int, hparams) -> np.ndarray:

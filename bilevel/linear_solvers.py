@@ -112,8 +112,8 @@ class CG:
             return more & ~loop.negative_curvature
 
         def step(loop):
-            # The first pass of a warm start, step -1, searches along that start from x = 0, by the
-            # same formulas: never worse than a cold start, and one product in the program instead of two.
+            # The first pass of a warm start, step -1, searches along its start from x = 0, by the same
+            # formulas: never worse than a cold start, and one product in the program instead of two.
             first = loop.steps < 0
             ap = product(loop.direction)
             curvature = vdot(loop.direction, ap)
@@ -179,8 +179,8 @@ def cg(
       damping: solve ``(A + damping I) x = b`` instead. This is a bias, and the error of an
         implicit estimate, measured against A, shows it.
       follow: while the solutions of a method move in one direction, start at the last one and as much of its
-        last change again. Under Adam as outer optimiser a fifth to a half fewer products on whole arrays, on
-        minibatches no difference; three vectors of memory more.
+        last change again. Along a run of even steps that takes 5 % fewer products at a condition number of 10
+        and half as many at 1e5; where solutions jump, as with minibatches, as many. Three vectors more.
 
     Raises:
       TypeError, ValueError: a setting that is no number or out of range.

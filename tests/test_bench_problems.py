@@ -13,7 +13,7 @@ SMALL = ("ridge", "logistic", "kfold", "quadratic")
 
 
 def value_at(task, hparams):
-    info, [(value, _)] = solve(task.problem, task.solver, task.params, hparams, task.train, task.valid)
+    _, info, [(value, _)] = solve(task.problem, task.solver, task.params, hparams, task.train, task.valid)
     return float(value), float(info.residual)
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Of the task "along". Tolerances are of the residual; the largest that is accurate enough is looked for.
+# Of the task "along". Tolerances are of the residual, as each peer measures it; the largest that is accurate
+# enough is looked for.
 TOLERANCES = (
     0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 5e-3, 3e-3, 2e-3, 1e-3, 7e-4, 5e-4, 3e-4, 2e-4, 1e-4, 5e-5,
 )  # fmt: skip

@@ -1,15 +1,15 @@
 """Hyperband with proposals of Optuna: training in pieces, and configurations that look bad are given up.
 
 Of the steps that the task's solver takes at most, a configuration has been given a 27th, a 9th, a third and
-all of them when it is looked at; each piece goes on from the params of the one before. Only those that come
-to the end count. Where the inner loss has several minima, pieces may lead to another one than training at
+all of them when it is looked at; each piece goes on from the params of the one before and begins the solver
+anew, and the last may take all steps: up to a third more than training at once. Only those that come to the
+end count. Where the inner loss has several minima, pieces may lead to another one than training at
 once does: how good the best so far is, accurate training from the start says after the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from typing import Any
 
@@ -17,24 +17,12 @@ import jax
 import numpy as np
 
 from benchmarks import search
-from benchmarks.found import TIME, Found, curve_of, rows_of
+from benchmarks.found import TIME, Found, curve_of, rows_of, solve
 from benchmarks.measure import seconds
 from benchmarks.problems import Task
-from bilevel.problem import Draw, Point, outer_value
 
 FACTOR, RUNGS = 3, (1, 3, 9, 27)
 JUDGED = 48  # points of its curve
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def piece(problem, solver, params, hparams, train, valid):
-    """``(params, outer value, inner gradients)`` after so many more steps of the solver."""
-    point = Point(params)
-    state = solver.init(problem, point, hparams)
-    draw = Draw(lambda j: train, 1, False)
-    end, _, info = solver.solve(problem, state, point, hparams, draw, jax.random.key(0))
-    value, _ = outer_value(problem, end.params, hparams, valid, None)
-    return end.params, jax.numpy.where(jax.numpy.isfinite(info.residual), value, np.nan), info.products
 
 
 def pieces(solver) -> list[Any]:
@@ -108,9 +96,9 @@ def trained(task: Task, hparams):
     """Yields ``(rung, outer value, inner gradients)`` after every piece."""
     params = task.params
     for rung, solver in zip(RUNGS, pieces(task.solver), strict=True):
-        params, *said = piece(task.problem, solver, params, hparams, task.train, task.valid)
-        value, products = jax.device_get(said)
-        yield rung, float(value), int(products)
+        params, *said = solve(task.problem, solver, params, hparams, task.train, task.valid)
+        info, [(value, _)] = jax.device_get(said)
+        yield rung, float(value), int(info.products)
 
 
 def told(study, trial, values) -> tuple[float, int]:

@@ -25,9 +25,9 @@ ORDER = ("implicit", "unrolled", "along", "cold", "searches")
 WHAT = {
     "implicit": "one hypergradient at the inner solution, {setting} steps of conjugate gradients",
     "unrolled": "one hypergradient through {setting[0]} gradient steps",
-    "along": "hypergradients of error at most {accurate:g} at 20 points of an outer run (bilevel from where "
-    "its last solutions point to, to a tolerance; others from zero, to a tolerance where they have one, else "
-    "with as many steps as the hardest point needs)",
+    "along": "hypergradients of error at most {accurate:g} at 20 points of an outer run (bilevel with "
+    "`cg(follow=True)`, from where its last solutions point to, to a tolerance; others from zero, to a "
+    "tolerance where they have one, else with as many steps as the hardest point needs)",
     "cold": "an outer run from a cold process, seconds until its hyperparameters are worth {setting:.4g}",
     "searches": "what users pick instead, for {setting:g} s, and when it is as good as the best of Optuna",
 }
@@ -119,8 +119,7 @@ def _run_line(row: Row, base: Row | None) -> tuple[str, ...]:
 def verdicts(case: Kept) -> list[tuple[str, float, float]]:
     """``(what, found, asked at most)``; nan where nothing is asked."""
     rows = {row.peer: row for row in rows_of(case)}
-    ours, base = rows.get(OURS), fastest(list(rows.values()))
-    found = []
+    ours, found = rows.get(OURS), []
     if case["task"] == "searches":
         if ours is None or not ours.seconds:
             return []
@@ -130,6 +129,7 @@ def verdicts(case: Kept) -> list[tuple[str, float, float]]:
             ("time to the best of Optuna, worst seed", share, ASKED_SHARE),
             ("loss of the best of Optuna, of ours, at the end", best / ours.value, math.nan),
         ]
+    base = fastest(list(rows.values()))
     if ours is not None and ours.status == RIGHT and base is not None:
         asked = ASKED_TIME[case["task"]]
         found.append((f"time, of {base.peer}", ratio(ours, base), asked))

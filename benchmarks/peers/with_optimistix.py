@@ -50,6 +50,11 @@ def unrolled(kind: str, setting):
 
 PEERS = (
     solver_peer(
-        "optimistix, lineax", ("optimistix", "lineax", "jax"), in_jax, implicit, unrolled, TOLERANCES
+        "optimistix, lineax",
+        ("optimistix", "lineax", "jax"),
+        in_jax,
+        implicit,
+        unrolled,
+        (10.0, 3.0, 1.0, *TOLERANCES),  # it tests every entry by itself
     ),
 )
