@@ -242,7 +242,7 @@ def study(name: str, seeds: Sequence[int] = SEEDS, budget: float = BUDGET) -> Fo
 
 
 def checks(all_found: Mapping[str, Found]) -> list[Check]:
-    """What the papers claim, as ratios of excesses; written down before anything was measured."""
+    """What the papers claim, as ratios of excesses."""
     mean = {name: found.mean for name, found in all_found.items()}
     ttsa = np.minimum(mean["ttsa"], mean["ttsa, falling"])
     values = [
