@@ -74,8 +74,8 @@ def dirichlet_step(params, hparams, batch):
     The map of a `bilevel.FixedPoint`. Of its ``params`` it reads the assignments only.
 
     Log-likelihoods cancel where concentrations are large: they are known to about their largest sum times the
-    precision of the dtype, and so are derivatives. In float32 these have four digits where concentrations sum
-    to 100, three where it is 1,000, and none beyond 1e4, as of classes whose points are all alike.
+    precision of the dtype, and so are derivatives. In float32 these have as a rule four digits where the sum
+    is 100, three where it is 1,000, and none beyond 1e4, as of classes whose points are all alike.
 
     Args:
       params: as `dirichlet_init` makes them.
