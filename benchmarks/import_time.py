@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -18,7 +19,8 @@ PROGRAM = CLOCK + "print(b - a, c - b)"
 def import_seconds(first: str, then: str) -> list[float]:
     """Seconds of two import statements, one after the other in a process of their own."""
     command = [sys.executable, "-c", PROGRAM.format(first, then)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     return [float(s) for s in out.split()]
 
 

@@ -205,7 +205,7 @@ def test_every_arm_has_a_process_on_the_core(monkeypatch, tmp_path):
             pass
 
     monkeypatch.setattr(all_searches, "Handle", Recorded)
-    rows = all_searches.rows("ridge", [4], 2.0, 1, tmp_path)
+    rows = all_searches.rows("ridge", all_searches.ARMS, [4], 2.0, 1, tmp_path)
     assert rows == [Row(arm, CANNOT, "a test") for arm in all_searches.ARMS]
     assert started == [(["ridge", arm, "4", "2.0"], 1, tmp_path) for arm in all_searches.ARMS]
 
@@ -230,6 +230,9 @@ def test_some_of_the_problems_can_be_chosen(monkeypatch, tmp_path, capsys):
         "--kinds",
         "mlp",
         "lasso",
+        "--arms",
+        "random",
+        "grid",
         "--seeds",
         "5",
         "--seconds",
@@ -241,7 +244,7 @@ def test_some_of_the_problems_can_be_chosen(monkeypatch, tmp_path, capsys):
     ]
     assert command.main(options) == 0  # no other task has them
     log = tmp_path / "log.txt"
-    assert chosen == [(kind, ([5], 2.0, core, log)) for kind in ("lasso", "mlp")]
+    assert chosen == [(kind, (["random", "grid"], [5], 2.0, core, log)) for kind in ("lasso", "mlp")]
     assert {path.name for path in tmp_path.glob("*.json")} == {
         f"searches-{kind}-1 seed-float32.json" for kind in ("lasso", "mlp")
     }

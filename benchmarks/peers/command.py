@@ -18,13 +18,13 @@ MISSING = "error: the peers have an environment of their own, which is missing; 
 # Of each task its problems.
 KINDS: dict[str, tuple[str, ...]] = {
     **{task: kinds for task, (_, kinds) in questions.TASKS.items()},
-    "cold": tuple(cold.KINDS),
+    "cold": cold.KINDS,
     "searches": searches.PROBLEMS,
 }
 TASKS = tuple(KINDS)
 ALL_KINDS = tuple(dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds))
 ROUNDS, BUDGET = 21, 60.0
-REPEATS = 5
+REPEATS = {"small": 5, "middle": 5, "large": 1}  # of runs from a cold process
 QUICK = {"sizes": ("small",), "dtypes": ("float32",), "rounds": 5}
 QUICK_STEPS, QUICK_SECONDS = 30, 5.0
 
@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     cores = handles.cores()
     add("--core", type=int, choices=cores, default=cores[-1], help="one for all (default: %(default)s)")
     add("--seconds", type=float, default=300.0, help="of each search (default: %(default)s)")
+    add("--arms", nargs="+", choices=searches.ARMS, default=searches.ARMS, metavar="NAME",
+        help=f"of the searches: some of {'; '.join(searches.ARMS)} (default: all)")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the searches (default: 0 1 2)")
     add("--out", type=Path, default=OUT, metavar="FOLDER", help="where what came out is kept")
     add("--report", action="store_true", help="show what is kept, run nothing")
@@ -83,6 +85,10 @@ def _kinds(task: str, args: argparse.Namespace) -> list[str]:
     return [kind for kind in KINDS[task] if kind in args.kinds]
 
 
+def _sizes(args: argparse.Namespace) -> Sequence[str]:
+    return args.sizes or (QUICK["sizes"] if args.quick else list(instances.SIZES["logistic"]))
+
+
 def _show(args: argparse.Namespace) -> int:
     if not any(args.out.glob("*.json")):
         print(f"error: nothing is kept in {args.out}; run: python -m benchmarks peers", file=sys.stderr)
@@ -95,30 +101,31 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _cold(args: argparse.Namespace) -> None:
-    steps, repeats = (QUICK_STEPS, 1) if args.quick else (cold.OUTER_STEPS, REPEATS)
+    steps = QUICK_STEPS if args.quick else cold.OUTER_STEPS
     for kind in _kinds("cold", args):
-        load = machine.load()
-        rows = cold.rows(kind, args.peers, repeats, steps, args.core, args.out / "log.txt")
-        target = next((row.setting for row in rows if row.status == measured.RIGHT), float("nan"))
-        data = {"logistic": "breast cancer", "cleaning": "digits"}[kind]
-        _keep(args.out, "cold", kind, data, "float32", target, rows, load)
+        for size in _sizes(args):
+            load, begun = machine.load(), instances.started(kind, size)
+            repeats = 1 if args.quick else REPEATS[size]
+            rows = cold.rows(begun, args.peers, repeats, steps, args.core, args.out / "log.txt")
+            target = next((row.setting for row in rows if row.status == measured.RIGHT), float("nan"))
+            shape = len(begun.x), len(begun.valid_x), begun.x.shape[1]
+            _keep(args.out, "cold", kind, size, "float32", target, rows, load, shape=shape)
 
 
 def _searches(args: argparse.Namespace) -> None:
     seconds, seeds = (QUICK_SECONDS, (0,)) if args.quick else (args.seconds, args.seeds)
     for kind in _kinds("searches", args):
         load = machine.load()
-        rows = searches.rows(kind, seeds, seconds, args.core, args.out / "log.txt")
+        rows = searches.rows(kind, args.arms, seeds, seconds, args.core, args.out / "log.txt")
         data = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
         _keep(args.out, "searches", kind, data, "float32", seconds, rows, load)
 
 
 def _hypergradients(task: str, args: argparse.Namespace) -> None:
     make, _ = questions.TASKS[task]
-    sizes = args.sizes or (QUICK["sizes"] if args.quick else list(instances.SIZES["logistic"]))
     dtypes = args.dtypes or (QUICK["dtypes"] if args.quick else questions.DTYPES)
     for kind in _kinds(task, args):
-        for size in sizes:
+        for size in _sizes(args):
             with (
                 tempfile.TemporaryDirectory() as folder,
                 handles.started(args.peers, args.core, args.out / "log.txt") as workers,

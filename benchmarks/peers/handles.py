@@ -29,7 +29,11 @@ MODULES = {
 }
 NAMES = tuple(name for names in MODULES.values() for name in names)
 OURS, *OTHERS_OF_OURS = MODULES["ours"]
-_NOT_PASSED_ON = "OPENBLAS_", "XLA_FLAGS", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE"
+# Packages that pip has installed are bytecode already; so is the library after its first process.
+_NOT_PASSED_ON = (
+    *("OPENBLAS_", "XLA_FLAGS", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE"),
+    "PYTHONDONTWRITEBYTECODE",
+)
 
 
 def module_of(name: str) -> str:

@@ -29,6 +29,7 @@ SEED = 0
 CLASSES, L2 = 10, 3e-3
 CG_STEPS = 20
 OUTER_RATE = 0.1
+FIRST = {"logistic": np.log(1e-2), "cleaning": 0.0}  # h, where a run begins
 UNROLLED_STEPS, UNROLLED_RATE = 100, 0.5
 
 
@@ -81,6 +82,11 @@ def _two_classes(size: str) -> Instance:
 
 def cleaning(size: str) -> Instance:
     """Ten clusters, half of the training labels wrong, a constant feature; w is the inner solution."""
+    start = _clusters(size)
+    return start._replace(w=solution(start))
+
+
+def _clusters(size: str) -> Instance:
     from benchmarks.problems.cleaning import corrupted
 
     rows, valid, features = SIZES["cleaning"][size]
@@ -89,7 +95,7 @@ def cleaning(size: str) -> Instance:
     centres = rng.standard_normal((CLASSES, features - 1))
     x = centres[y] + 1.5 * rng.standard_normal((rows + valid, features - 1))
     x = np.concatenate([x / np.sqrt(features / 8), np.ones((rows + valid, 1))], axis=1).astype(np.float32)
-    start = Instance(
+    return Instance(
         "cleaning",
         np.zeros((features, CLASSES)),
         np.zeros(rows, np.float32),
@@ -98,24 +104,31 @@ def cleaning(size: str) -> Instance:
         x[rows:],
         y[rows:].astype(np.int32),
     )
-    return start._replace(w=solution(start))
+
+
+def started(kind: str, size: str) -> Instance:
+    """Where an outer run begins: w is zero, all of h is the same. The small size is real data."""
+    if size == "small":
+        return {"logistic": cancer, "cleaning": digits}[kind]()
+    start = {"logistic": _two_classes, "cleaning": _clusters}[kind](size)
+    return start._replace(h=np.full_like(start.h, FIRST[kind]))
 
 
 def cancer() -> Instance:
     """Breast cancer, 150 rows each, standardised, a constant feature; starts from zero, like `digits`."""
     from benchmarks.problems import logistic
 
-    return _started("logistic", logistic.make(SEED), (), np.log(1e-2))
+    return _of_study("logistic", logistic.make(SEED), ())
 
 
 def digits() -> Instance:
     """800 digits for training, half of them with a wrong label, 300 for validation."""
     from benchmarks.problems import cleaning
 
-    return _started("cleaning", cleaning.make(SEED), (CLASSES,), 0.0)
+    return _of_study("cleaning", cleaning.make(SEED), (CLASSES,))
 
 
-def _started(kind: str, task, outputs: tuple[int, ...], h: float) -> Instance:
+def _of_study(kind: str, task, outputs: tuple[int, ...]) -> Instance:
     """With the data of a problem of the studies; one hyperparameter for each feature, or for each row."""
     (x, y), (valid_x, valid_y) = (
         (np.column_stack([part["x"], np.ones(len(part["x"]), np.float32)]), np.asarray(part["y"], np.int32))
@@ -123,9 +136,8 @@ def _started(kind: str, task, outputs: tuple[int, ...], h: float) -> Instance:
     )
     rows, features = x.shape
     count = {"logistic": features, "cleaning": rows}[kind]
-    return Instance(
-        kind, np.zeros((features, *outputs)), np.full(count, h, np.float32), x, y, valid_x, valid_y
-    )
+    h = np.full(count, FIRST[kind], np.float32)
+    return Instance(kind, np.zeros((features, *outputs)), h, x, y, valid_x, valid_y)
 
 
 KINDS: dict[str, Callable[..., Instance]] = {"logistic": logistic, "cleaning": cleaning, "rate": rate}

@@ -27,7 +27,7 @@ class Row:
       compile_seconds: of one program; None where nothing is compiled.
       megabytes: temporary memory of a call.
       seconds: of a call, one for each round; entry i of all peers was measured in the same round.
-      value: outer loss at the end of a run.
+      value: the lowest outer loss of a run, or the mean of several.
     """
 
     peer: str

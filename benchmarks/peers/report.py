@@ -33,7 +33,7 @@ WHAT = {
 }
 PROBLEMS = {"rate": "learned learning rate"}  # where the kind says too little
 HEADER = ("", "error", "setting", "ms", "ratio", "compile s", "MB", "")
-RUN_HEADER = ("", "loss at the end", "seconds", "ratio", "compile s", "")
+RUN_HEADER = ("", "best loss", "seconds", "ratio", "compile s", "")
 
 
 def save(folder: Path, case: Kept) -> None:

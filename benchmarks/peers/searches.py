@@ -111,9 +111,11 @@ def main(problem: str, arm: str, seed: str, budget: str) -> None:
 # --- All of them ------------------------------------------------------------------------------------------
 
 
-def rows(problem: str, seeds: Sequence[int], budget: float, core: int, log: Path) -> list[Row]:
+def rows(
+    problem: str, arms: Sequence[str], seeds: Sequence[int], budget: float, core: int, log: Path
+) -> list[Row]:
     """One for each arm."""
-    return compared({arm: [_asked(problem, arm, seed, budget, core, log) for seed in seeds] for arm in ARMS})
+    return compared({arm: [_asked(problem, arm, seed, budget, core, log) for seed in seeds] for arm in arms})
 
 
 def _asked(problem: str, arm: str, seed: int, budget: float, core: int, log: Path) -> dict[str, Any]:
