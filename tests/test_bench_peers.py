@@ -69,6 +69,16 @@ def test_an_answer_of_another_shape_or_without_numbers_is_infinitely_wrong():
     assert instances.relative(np.full(3, np.nan), np.ones(3)) == np.inf
 
 
+@pytest.mark.parametrize("kind", cold_runs.KINDS)
+def test_cold_runs_begin_at_nothing(kind):
+    begun = instances.started(kind, "middle")
+    trained = instances.KINDS[kind]("middle")
+    assert not begun.w.any()
+    assert np.all(begun.h == np.float32(instances.FIRST[kind]))
+    for name in ("x", "y", "valid_x", "valid_y"):
+        np.testing.assert_array_equal(getattr(begun, name), getattr(trained, name))
+
+
 def test_cold_runs_are_judged_by_trained_params():
     instance = KINDS["cleaning"]
     expected = instances.reference(instance).outer(instance.w)

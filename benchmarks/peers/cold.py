@@ -25,6 +25,7 @@ KINDS = ("logistic", "cleaning")
 OUTER_STEPS, INNER_STEPS = 300, 20
 INNER_RATE = {"logistic": 0.1, "cleaning": 0.5}
 LOOKS, SLACK = 40, 1.02
+LONGEST = 1800.0  # seconds, most of which judges
 BASE = "JAX by hand"
 
 
@@ -74,7 +75,7 @@ def rows(
                 began = time.monotonic()
                 with started([peer], core, log) as handles:
                     request = {"do": "run", "steps": steps, "file": str(file), "began": began}
-                    runs[peer].append(handles[peer].ask(request))
+                    runs[peer].append(handles[peer].ask(request, LONGEST))
     good = [value for run in runs[BASE] for value in run.get("values", ())]
     target = SLACK * float(np.nanmin(good)) if good else float("nan")
     return [row(peer, found, target) for peer, found in runs.items()]
