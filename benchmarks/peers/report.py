@@ -175,10 +175,18 @@ _PAGE = """\
 all of them, each in a process of its own, on the same data and one core;
 `python -m benchmarks peers --page docs/peers.md` writes this page. Timed are calls after the first, in rounds
 in which all peers take turns; a ratio is the median over rounds, to the fastest other peer whose answer is
-right. Runs from a cold process count everything, imports and compilation too; searches count no compilation,
-and one is as good as another where its loss is higher by at most 0.1 %. Errors are relative, against numpy in
-float64. Memory is what a call takes beyond its arguments and results: as the compiler says, and for torch the
-growth of the resident memory.
+right. Runs from a cold process count everything, imports and compilation too; their small sizes are real
+data, breast cancer and digits. Searches count no compilation, and one is as good as another where its loss is
+higher by at most 0.1 %. Errors are relative, against numpy in float64. Memory is what a call takes beyond its
+arguments and results: as the compiler says, and for torch the growth of the resident memory.
+"""
+
+_WHY = """
+What is missed has reasons. A hypergradient measures the residual of its system: two products with the data
+more than 43. `unrolled()` recomputes what it does not keep, for a fortieth of the memory; `remat=False` keeps
+it. At small sizes a cold process does little but compile, and a program with a line search and a history
+takes a second more than bare steps. Where two hyperparameters and trainings of milliseconds are all there is,
+a search tries thousands, and picks the luckiest minimum of a loss that is not convex.
 """
 
 
@@ -187,7 +195,10 @@ def page_of(cases: Sequence[Kept]) -> str:
     for case in cases:
         for what, found, asked in verdicts(case):
             name = ", ".join(case[part] for part in NAMED_BY)
+            if case["task"] == "searches":
+                name += f", {case['setting']:g} s"
             page.append(f"| {name} | {what} | {found:.3g} | {' | '.join(judged(found, asked))} |")
+    page.append(_WHY.rstrip("\n"))
     for task in dict.fromkeys(case["task"] for case in cases):
         page += ["", f"## {task.capitalize()}"]
         for case in (case for case in cases if case["task"] == task):
