@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 # The peers of each module of this folder. The modules themselves import packages that may be missing here.
 MODULES = {
-    "ours": ("bilevel", "bilevel, remat='steps'", "bilevel, remat=False"),
+    "ours": ("bilevel", "bilevel, remat='steps'", "bilevel, remat=False", "bilevel, gradient alone"),
     "jax_by_hand": ("JAX by hand", "JAX by hand, remat"),
     "with_jaxopt": ("jaxopt", "jaxopt, default solver"),
     "with_optimistix": ("optimistix, lineax",),
