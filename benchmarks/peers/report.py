@@ -71,8 +71,11 @@ def is_run(case: Kept) -> bool:
 
 
 def lines(case: Kept) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells; ratios are to the fastest of the others that is right."""
-    rows = rows_of(case)
+    """Header and cells; ratios are to the fastest of the others that is right.
+
+    What is the same as another row is left out.
+    """
+    rows = [row for row in rows_of(case) if row.status != CANNOT or not row.reason.startswith("the same")]
     base = fastest(rows)
     if is_run(case):
         return RUN_HEADER, [_run_line(row, base if case["task"] == "cold" else None) for row in rows]
@@ -182,11 +185,12 @@ arguments and results: as the compiler says, and for torch the growth of the res
 """
 
 _WHY = """
-What is missed has reasons. A hypergradient measures the residual of its system: two products with the data
-more than 43. `unrolled()` recomputes what it does not keep, for a fortieth of the memory; `remat=False` keeps
-it. At small sizes a cold process does little but compile, and a program with a line search and a history
-takes a second more than bare steps. Where two hyperparameters and trainings of milliseconds are all there is,
-a search tries thousands, and picks the luckiest minimum of a loss that is not convex.
+What is missed has reasons. A hypergradient comes with the residual that it measured: two products with the
+data more than the 43 of the gradient alone, which is what peers return. `unrolled()` recomputes what it does
+not keep, for a fortieth of the memory; `remat=False` keeps it. At small sizes a cold process does little but
+compile, and a program with a line search and a history takes a second more than bare steps. Where two
+hyperparameters and trainings of milliseconds are all there is, a search tries thousands, and picks the
+luckiest minimum of a loss that is not convex.
 """
 
 
