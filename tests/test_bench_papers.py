@@ -64,7 +64,9 @@ def test_arms_take_the_time_of_the_gradient_and_are_judged_alike():
     np.testing.assert_allclose(by_arm["default"].valid, expected)
     np.testing.assert_allclose(by_arm["default"].test, expected + 1)
     assert by_arm["random"].seconds >= by_arm["hypergradient"].seconds
-    assert by_arm["hypergradient"].valid < by_arm["random"].valid < by_arm["default"].valid
+    assert by_arm["hypergradient"].valid < 1e-4
+    # On a fast machine one draw of many may come closer than the gradient: which is first is luck.
+    assert by_arm["random"].valid < by_arm["default"].valid
     assert (by_arm["default"].tried, by_arm["hypergradient"].tried) == (0, 60)
 
 
